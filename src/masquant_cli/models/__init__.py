@@ -1,0 +1,1 @@
+"""Knowing models: which families, where their linears sit, which token is of which modality."""

@@ -1,0 +1,119 @@
+"""Sites: groups of linears that read one input, hence share smoothing, quantized input and L1.
+
+Works on real models, on meta skeletons and on models whose linears are quantized already.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from masquant_cli.errors import RecipeError
+from masquant_cli.models.families import Family, family_of
+
+
+@dataclass(frozen=True)
+class Site:
+    """One group of linears. All names are full module paths inside the model."""
+
+    kind: str  # attn_in | attn_out | mlp_in | mlp_out
+    layer: int
+    module_prefix: str  # the block that holds the linears: "model.layers.0.self_attn"
+    linears: tuple[str, ...]  # "model.layers.0.self_attn.q_proj", ... in site order
+    in_features: int
+    out_features: tuple[int, ...]  # one per linear
+
+    @property
+    def module(self) -> str:
+        """Path of the exported site module, beside its linears: ".../self_attn.attn_in"."""
+        return f"{self.module_prefix}.{self.kind}"
+
+    @property
+    def name(self) -> str:
+        """What reports and errors call it: "layer 3 attn_in"."""
+        return f"layer {self.layer} {self.kind}"
+
+
+@dataclass(frozen=True)
+class LayerSites:
+    """One decoder layer and its sites, in the order in which the layer runs them."""
+
+    layer: int
+    module: str  # "model.language_model.layers.0"
+    sites: tuple[Site, ...]
+
+    def __getitem__(self, kind: str) -> Site:
+        for site in self.sites:
+            if site.kind == kind:
+                return site
+        raise KeyError(f"layer {self.layer} has no site {kind!r}")
+
+
+def layers_path(model: nn.Module, family: Family | None = None) -> str:
+    """Module path of the decoder layer list, or RecipeError when it is nowhere expected."""
+    family = family or family_of(model.config)
+    for path in family.layers:
+        try:
+            layers = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(layers, nn.ModuleList) and len(layers):
+            return path
+    raise RecipeError(
+        f"{type(model).__name__} has no decoder layers at {' or '.join(family.layers)}",
+        hint="this Transformers release lays the family out differently; "
+        "masquant supports transformers >= 5.17",
+    )
+
+
+def find_sites(model: nn.Module) -> list[LayerSites]:
+    """All sites of a supported model, layer by layer.
+
+    Raises RecipeError when the family is not supported, when an expected linear is missing or
+    is not a linear, and when the members of a site do not read inputs of one width.
+    """
+    family = family_of(model.config)
+    path = layers_path(model, family)
+    found = []
+    for index, layer in enumerate(model.get_submodule(path)):
+        prefix = f"{path}.{index}"
+        sites = tuple(
+            _site(layer, prefix, index, kind, names) for kind, names in family.sites.items()
+        )
+        found.append(LayerSites(index, prefix, sites))
+    return found
+
+
+def _site(layer: nn.Module, prefix: str, index: int, kind: str, names: tuple[str, ...]) -> Site:
+    linears = []
+    for name in names:
+        try:
+            module = layer.get_submodule(name)
+        except AttributeError:
+            raise RecipeError(
+                f"expected a linear {name!r}, found none",
+                where=f"{prefix} ({type(layer).__name__})",
+                hint="this variant of the family is not supported yet",
+            ) from None
+        # By name: the quantized linear lives in runtime, which imports this module.
+        if not (isinstance(module, nn.Linear) or type(module).__name__ == "MasLinear"):
+            raise RecipeError(
+                f"expected {name!r} to be a linear, found {type(module).__name__}",
+                where=prefix,
+                hint="quantize the original float model, not one that another tool converted",
+            )
+        linears.append(module)
+    widths = {module.in_features for module in linears}
+    if len(widths) != 1:
+        raise RecipeError(
+            f"{', '.join(names)} should share one input, their widths are {sorted(widths)}",
+            where=prefix,
+        )
+    block = names[0].rpartition(".")[0]
+    return Site(
+        kind=kind,
+        layer=index,
+        module_prefix=f"{prefix}.{block}" if block else prefix,
+        linears=tuple(f"{prefix}.{name}" for name in names),
+        in_features=widths.pop(),
+        out_features=tuple(module.out_features for module in linears),
+    )

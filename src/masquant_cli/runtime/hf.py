@@ -1,0 +1,5 @@
+"""Transformers integration (being written)."""
+
+
+def register() -> None:
+    """Register with Transformers."""
