@@ -1,0 +1,1 @@
+"""Rows of any Hugging Face dataset as chat samples, and chat samples as model inputs."""

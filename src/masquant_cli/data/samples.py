@@ -1,0 +1,69 @@
+"""Samples of a recipe's Source: chat messages, the row they came from and a content hash."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from masquant_cli.data import chat, sources
+from masquant_cli.data.text import missing_column
+from masquant_cli.errors import RecipeError
+from masquant_cli.recipe import Modality, Source
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One chat. `messages` is what `chat.to_messages` makes; `row` holds the raw columns."""
+
+    messages: list[dict]
+    row: dict[str, Any]
+    key: str  # sha256 of roles, texts and decoded media
+    where: str = ""  # data set and row, for errors
+
+    def media(self, kind: str) -> list:
+        """Every image, audio or video of the chat, in order."""
+        parts = (part for message in self.messages for part in message["content"])
+        return [part[kind] for part in parts if part["type"] == kind]
+
+
+def load_samples(
+    source: Source, *, seed: int, modalities: tuple[Modality, ...]
+) -> Iterator[Sample]:
+    """Yield the source's samples in seeded order, decoding media one row at a time.
+
+    Raises RecipeError for anything wrong with the source, a column or a row's media, and
+    EnvironmentProblem when the hub or a package is out of reach.
+    """
+    where = sources.where_of(source)
+    # With a single modality nothing is told apart, so anything may come.
+    for kind in chat.kinds_of(source.messages) if len(modalities) > 1 else ():
+        if chat.modality_of(kind, modalities) not in modalities:
+            raise RecipeError(
+                f"the messages use {kind}, which the recipe's modalities {list(modalities)} lack",
+                where=where,
+                hint=f"add {chat.modality_of(kind, modalities)!r} to `modalities`, or remove it",
+            )
+    columns = chat.columns_of(source.messages, where)
+    base = sources.base_folder(source)
+    for index, row in sources.iterate(source, seed=seed, columns=columns):
+        at = f"{where}, split {source.split}, row {index}"
+        for column in columns:  # a stream may not know its columns in advance
+            if column not in row:
+                raise missing_column(column, row, at)
+        messages = chat.to_messages(source.messages, row, base, at)
+        yield Sample(messages=messages, row=row, key=content_key(messages), where=at)
+
+
+def content_key(messages: list[dict]) -> str:
+    """sha256 over roles, texts and decoded pixels and waveforms, hex."""
+    digest = hashlib.sha256()
+    for message in messages:
+        digest.update(f"\0role {message['role']}".encode())
+        for part in message["content"]:
+            value = part[part["type"]]
+            for item in value if isinstance(value, list) else [value]:
+                data = item.encode() if isinstance(item, str) else item.tobytes()
+                size = getattr(item, "size", len(data))  # images: equal bytes, other shape
+                digest.update(f"\0{part['type']} {size} {len(data)}\0".encode())
+                digest.update(data)
+    return digest.hexdigest()
