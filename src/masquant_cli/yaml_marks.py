@@ -5,7 +5,7 @@ key win silently, read `1e-4` as a string and `no` as False. Scalars follow YAML
 """
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
@@ -26,7 +26,7 @@ SCALARS = (
 
 
 class _CoreLoader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {}
+    yaml_implicit_resolvers: ClassVar[dict] = {}
 
 
 for _name, _pattern in SCALARS:

@@ -1,0 +1,50 @@
+# `make demo` and `make test` set everything up by themselves, once; later they need no network.
+#
+#   TORCH=auto   an installed torch is used as it is; else CUDA where nvidia-smi works, else CPU
+#   TORCH=cpu    never CUDA          TORCH=cuda   always PyPI's default, the CUDA build
+#
+# An active virtual environment is used; otherwise .venv is made.
+
+TORCH ?= auto
+TORCH_VERSION ?= 2.13.0
+PYTHON ?= python3
+VENV ?= $(or $(VIRTUAL_ENV),.venv)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.masquant-installed
+
+.PHONY: help demo test lint format install wheel clean
+
+help:
+	@echo "make demo     quantize the embedded model four ways and compare"
+	@echo "make test     run the tests              (ARGS='-k recipe' to choose)"
+	@echo "make lint     ruff, check only           make format: ruff, in place"
+	@echo "make install  only set up $(VENV)        (TORCH=auto|cpu|cuda)"
+	@echo "make wheel    build dist/*.whl"
+	@echo "make clean    remove caches and builds; $(VENV) and runs/ stay"
+
+demo: install
+	$(BIN)/masquant demo $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml tools/install.sh
+	sh tools/install.sh "$(PYTHON)" "$(VENV)" "$(TORCH)" "$(TORCH_VERSION)"
+	@touch $@
+
+wheel: install
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,294 @@
+"""The commands, each a thin function, and `main`, the one place errors become exit codes.
+
+Nothing heavy is imported up here, so that --help answers at once.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from masquant_cli import __version__
+from masquant_cli.errors import MasquantError, RecipeError
+
+app = typer.Typer(
+    name="masquant",
+    help="Quantize a multimodal LLM so that every modality stays accurate.",
+    epilog="Start with: masquant demo. Shipped recipes: masquant recipes.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Config = Annotated[
+    str,
+    typer.Option("--config", "-c", metavar="RECIPE", help="A recipe file or a shipped recipe."),
+]
+RunDir = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where the stages live [default: runs/<recipe name>]."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe value; repeatable."),
+]
+Reuse = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="DIR", help="Take finished stages from this run; repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and why.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")]
+ModelDir = Annotated[
+    Path | None,
+    typer.Option("--model", metavar="DIR", help="An exported or float folder, not the run's own."),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="The float reference [default: the recipe's model]."),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"masquant {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    config: Config, run_dir: RunDir = None, set_: Set = None, reuse: Reuse = None,
+    json: Json = False, dry_run: DryRun = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """All stages: recipe in, low-bit checkpoint out."""
+    _stages("export", config, run_dir, set_, reuse, json, dry_run, quiet)
+
+
+@app.command()
+def calibrate(
+    config: Config, run_dir: RunDir = None, set_: Set = None, reuse: Reuse = None,
+    json: Json = False, dry_run: DryRun = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Collect per-modality activation statistics, layer by layer."""
+    _stages("calibrate", config, run_dir, set_, reuse, json, dry_run, quiet)
+
+
+@app.command()
+def smooth(
+    config: Config, run_dir: RunDir = None, set_: Set = None, reuse: Reuse = None,
+    json: Json = False, dry_run: DryRun = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Choose the scales of every modality, calibrating if need be."""
+    _stages("smooth", config, run_dir, set_, reuse, json, dry_run, quiet)
+
+
+@app.command()
+def compensate(
+    config: Config, run_dir: RunDir = None, set_: Set = None, reuse: Reuse = None,
+    json: Json = False, dry_run: DryRun = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Solve the low-rank corrections, after all they need."""
+    _stages("compensate", config, run_dir, set_, reuse, json, dry_run, quiet)
+
+
+@app.command()
+def export(
+    config: Config, run_dir: RunDir = None, set_: Set = None, reuse: Reuse = None,
+    json: Json = False, dry_run: DryRun = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Write and verify the checkpoint, after all it needs."""
+    _stages("export", config, run_dir, set_, reuse, json, dry_run, quiet)
+
+
+@app.command("eval")
+def evaluate(
+    config: Config, run_dir: RunDir = None, set_: Set = None,
+    model: ModelDir = None, against: Against = None,
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this task; repeatable.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="At most this many per task.")] = None,
+    json: Json = False, dry_run: DryRun = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Score the tasks, and the distance from float by modality."""
+    recipe, where = _recipe(config, run_dir, set_)
+    recipe = _narrowed(recipe, task or (), samples)
+    if dry_run:
+        return _plan(recipe, where, (), "export", json, [t.name for t in recipe.evaluation.tasks])
+
+    def work(progress) -> dict[str, Any]:
+        from masquant_cli import pipeline
+
+        return pipeline.evaluate(recipe, where, model=model, against=against, progress=progress)
+
+    _do(work, "evaluation", json, quiet)
+
+
+@app.command()
+def bench(
+    config: Config, run_dir: RunDir = None, set_: Set = None,
+    model: ModelDir = None, against: Against = None,
+    json: Json = False, dry_run: DryRun = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Time float against quantized on this machine, end to end."""
+    recipe, where = _recipe(config, run_dir, set_)
+    if dry_run:
+        return _plan(recipe, where, (), "export", json)
+
+    def work(progress) -> dict[str, Any]:
+        from masquant_cli import pipeline
+
+        return pipeline.bench(recipe, where, model=model, against=against, progress=progress)
+
+    _do(work, "benchmark", json, quiet)
+
+
+@app.command()
+def demo(
+    run_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where its runs live.", show_default=True)
+    ] = Path("runs/demo"),
+    samples: Annotated[int | None, typer.Option(min=1, help="At most this many per task.")] = None,
+    json: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Quantize the embedded model four ways; one table."""
+
+    def work(progress) -> dict[str, Any]:
+        from masquant_cli.demo import demo
+
+        return demo(run_dir, progress=progress, samples=samples)
+
+    _do(work, "comparison", json, quiet)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe instead.")] = None,
+    json: Json = False,
+) -> None:
+    """List the shipped recipes, or print one to start from."""
+    from masquant_cli import recipe_yaml
+    from masquant_cli.cli import render
+
+    if name:
+        file = recipe_yaml.find(name)
+        text = file.read_text(encoding="utf-8")
+        return render.output({"path": file, "text": text}, json, lambda _: print(text, end=""))
+    found = {n: (file, recipe_yaml.load(str(file))) for n, file in recipe_yaml.shipped().items()}
+    listing = {
+        name: {"path": file, "model": r.model.path, "modalities": r.modalities,
+               "weights": r.weights.bits, "activations": r.activations.bits}
+        for name, (file, r) in found.items()
+    }  # fmt: skip
+    render.output({"recipes": listing}, json, render.recipe_list)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Check this machine: versions, devices, memory, disk, hub."""
+    from masquant_cli.cli import doctor as check
+    from masquant_cli.cli import render
+
+    report = check.examine()
+    render.output(report, json, render.doctor)
+    if report["problems"]:
+        raise typer.Exit(3)
+
+
+def _recipe(config: str, run_dir: Path | None, overrides: list[str] | None):
+    from masquant_cli import recipe_yaml
+
+    recipe = recipe_yaml.load(config, overrides or ())
+    return recipe, run_dir or Path("runs") / recipe.name
+
+
+def _narrowed(recipe, tasks, samples: int | None):
+    """The recipe with only the named tasks, and no more than `samples` rows for each."""
+    known = {task.name: task for task in recipe.evaluation.tasks}
+    for name in tasks:
+        if name not in known:
+            hint = f"it has: {', '.join(known)}" if known else "it has no tasks"
+            raise RecipeError(f"the recipe has no task {name!r}", where=f"--task {name}", hint=hint)
+    kept = [task for task in recipe.evaluation.tasks if not tasks or task.name in tasks]
+    change: dict[str, Any] = {}
+    if samples:
+        kept = [t.model_copy(update={"samples": min(samples, t.samples or samples)}) for t in kept]
+        change["fidelity_samples"] = min(samples, recipe.evaluation.fidelity_samples)
+    evaluation = recipe.evaluation.model_copy(update={**change, "tasks": tuple(kept)})
+    return recipe.model_copy(update={"evaluation": evaluation})
+
+
+def _stages(until, config, run_dir, overrides, reuse, json, dry_run, quiet) -> None:
+    recipe, where = _recipe(config, run_dir, overrides)
+    if dry_run:
+        return _plan(recipe, where, reuse or (), until, json)
+
+    def work(progress) -> dict[str, Any]:
+        from masquant_cli import pipeline
+
+        return pipeline.run(recipe, where, until=until, reuse=reuse or (), progress=progress)
+
+    _do(work, "stages", json, quiet)
+
+
+def _plan(recipe, run_dir: Path, reuse, until: str, json: bool, tasks=None) -> None:
+    from masquant_cli import pipeline
+    from masquant_cli.cli import render
+
+    with render.stdout_reserved():
+        plan = [
+            {"stage": s.stage, "state": s.state, "why": s.why}
+            for s in pipeline.plan(recipe, run_dir, reuse)
+        ]
+    stages = [s["stage"] for s in plan]
+    plan = plan[: stages.index(until) + 1] if until in stages else plan
+    document = {"recipe": recipe.name, "run_dir": run_dir, "plan": plan}
+    render.output(document | ({"tasks": tasks} if tasks is not None else {}), json, render.plan)
+
+
+def _do(work: Callable[[Any], dict[str, Any]], shape: str, json: bool, quiet: bool) -> None:
+    """Run `work` with progress on stderr, then print what it returns: JSON or a table."""
+    from masquant_cli.cli import console, render
+
+    with render.stdout_reserved(), console.progress(quiet) as progress:
+        document = work(progress)
+    render.output(document, json, render.TABLES[shape])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code. Every failure says what, where and what next."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = app(args=argv, prog_name="masquant", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        from masquant_cli.cli import failure
+
+        return failure.reader_gone()
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        from masquant_cli.cli import failure
+
+        return failure.report(error, json="--json" in argv)
+    if code == 130:  # Typer turns Ctrl-C into this exit code
+        from masquant_cli.cli import failure
+
+        return failure.report(KeyboardInterrupt(), json="--json" in argv)
+    return code if isinstance(code, int) else 0
+
+
+__all__ = ["MasquantError", "app", "main"]

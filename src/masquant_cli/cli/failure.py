@@ -1,0 +1,106 @@
+"""Any exception as one clear error: what, where, hint, and an exit code from `errors`."""
+
+import errno
+import json as json_module
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+
+from masquant_cli import __version__
+from masquant_cli.errors import (
+    EXIT_BUG,
+    EXIT_ENVIRONMENT,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    MasquantError,
+)
+
+NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
+
+
+@dataclass(frozen=True)
+class Failure:
+    message: str
+    where: str | None
+    hint: str | None
+    exit_code: int
+
+
+def report(error: BaseException, *, json: bool) -> int:
+    """Tell people on stderr, and scripts on stdout if they asked for JSON."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # `masquant` alone: the help, on stderr
+        print(error, file=sys.stderr)
+        return EXIT_USAGE
+    failure = explain(error)
+    if failure.exit_code == EXIT_BUG:
+        traceback.print_exception(error, file=sys.stderr)
+    print(f"error: {failure.message}", file=sys.stderr)
+    if failure.where:
+        print(f"  --> {failure.where}", file=sys.stderr)
+    if failure.hint:
+        print(f"  hint: {failure.hint}", file=sys.stderr)
+    if json:
+        try:
+            print(json_module.dumps({"error": failure.__dict__}, indent=2), flush=True)
+        except BrokenPipeError:
+            return reader_gone()
+    return failure.exit_code
+
+
+def explain(error: BaseException) -> Failure:
+    if isinstance(error, MasquantError):
+        return Failure(error.message, error.where, error.hint, error.exit_code)
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        hint = "run the same command again: finished layers and stages are kept"
+        return Failure("interrupted", None, hint, EXIT_INTERRUPTED)
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a Typer usage error
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "masquant"
+        return Failure(error.format_message(), None, f"{command} --help", EXIT_USAGE)
+    return _environment(error) or Failure(
+        f"{type(error).__name__}: {error}",
+        _frame(error),
+        f"this is a bug in masquant {__version__}; please report it with the traceback above",
+        EXIT_BUG,
+    )
+
+
+def _environment(error: BaseException) -> Failure | None:
+    """What the machine lacks, if that is what went wrong."""
+    name, module, text = type(error).__name__, type(error).__module__, str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or None
+        hint = "free some space and run the same command again; it resumes"
+        return Failure("the disk is full", where and str(where), hint, EXIT_ENVIRONMENT)
+    if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+        where = error.filename and str(error.filename)
+        return Failure("no permission to read or write this", where, None, EXIT_ENVIRONMENT)
+    if (
+        isinstance(error, MemoryError)
+        or name == "OutOfMemoryError"
+        or "can't allocate memory" in text
+    ):
+        hint = (
+            "lower calibration.batch_tokens or evaluation.batch_size with --set, or use more memory"
+        )
+        return Failure("out of memory", None, hint, EXIT_ENVIRONMENT)
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("masquant"):
+        hint = f"install it in {sys.prefix}, or run masquant doctor"
+        return Failure(f"the package {error.name!r} is missing", None, hint, EXIT_ENVIRONMENT)
+    if isinstance(error, ConnectionError) or module.split(".")[0] in NETWORK:
+        hint = "check the network, HF_ENDPOINT and HF_TOKEN; files already cached need none"
+        first = text.strip().splitlines()[0] if text.strip() else name
+        return Failure(f"the hub cannot be used: {first}", None, hint, EXIT_ENVIRONMENT)
+    return None
+
+
+def _frame(error: BaseException) -> str | None:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+
+
+def reader_gone() -> int:
+    """The reader of a pipe left (`masquant recipes | head -1`): end as quietly as cat does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more at exit
+    return 128 + 13

@@ -1,0 +1,189 @@
+"""What a command returns, on stdout: one JSON document, or a table for people."""
+
+import contextlib
+import json as json_module
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from masquant_cli.cli.console import clock_face
+
+PERCENT = ("accuracy", "wer")
+
+
+@contextlib.contextmanager
+def stdout_reserved() -> Iterator[None]:
+    """Whatever a library prints while working goes to stderr, so that stdout stays data."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def output(document: dict[str, Any], json: bool, table: Callable[[dict[str, Any]], None]) -> None:
+    if json:
+        print(json_module.dumps(plain(document), indent=2, ensure_ascii=False))
+    else:
+        table(document)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: paths as strings, no NaN or infinity (null instead)."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if hasattr(value, "__fspath__"):
+        return str(value)
+    number = float(value)  # also numpy's and torch's scalars
+    return number if math.isfinite(number) else None
+
+
+def recipe_list(document: dict[str, Any]) -> None:
+    rows = [
+        (name, r["model"], f"W{r['weights']}A{r['activations']}", ", ".join(r["modalities"]))
+        for name, r in document["recipes"].items()
+    ]
+    _table(("recipe", "model", "bits", "modalities"), rows)
+
+
+def plan(document: dict[str, Any]) -> None:
+    _table(
+        ("stage", "state", "why"), [(s["stage"], s["state"], s["why"]) for s in document["plan"]]
+    )
+    if document.get("tasks"):
+        print("tasks:", ", ".join(document["tasks"]))
+    print("run directory:", document["run_dir"])
+
+
+def stages(document: dict[str, Any]) -> None:
+    rows = [
+        (
+            name,
+            stage.get("state", ""),
+            clock_face(stage["seconds"]) if stage.get("seconds") is not None else "",
+            size(stage["peak_bytes"]) if stage.get("peak_bytes") else "",
+        )
+        for name, stage in document["stages"].items()
+    ]
+    _table(("stage", "state", "time", "peak memory"), rows, right=(2, 3))
+    if document.get("export_dir"):
+        print("checkpoint:", document["export_dir"])
+
+
+def evaluation(document: dict[str, Any]) -> None:
+    tasks = [
+        (name, t["metric"], score(t["metric"], t["value"]), interval(t), str(t["n"]))
+        for name, t in document.get("tasks", {}).items()
+    ]
+    if tasks:
+        _table(("task", "metric", "value", "95 % interval", "samples"), tasks, right=(2, 3, 4))
+    sqnr = document.get("sqnr_db") or {}
+    rows = [
+        (
+            modality,
+            number(sqnr[modality], ".1f"),
+            number((document.get("kl") or {}).get(modality), ".4f"),
+            number((document.get("flip_rate") or {}).get(modality), ".2%"),
+        )
+        for modality in sqnr
+    ]
+    if rows:
+        _table(("modality", "SQNR dB", "KL nats", "flips"), rows, right=(1, 2, 3))
+    if document.get("model"):
+        print("model:", document["model"])
+
+
+def benchmark(document: dict[str, Any]) -> None:
+    """Every top-level mapping of numbers is a row, everything else a line of its own."""
+    rows = {k: v for k, v in document.items() if isinstance(v, Mapping)}
+    columns = list(dict.fromkeys(c for v in rows.values() for c in v))
+    cells = [(name, *(_cell(v.get(c)) for c in columns)) for name, v in rows.items()]
+    if rows:
+        _table(("", *columns), cells, right=tuple(range(1, len(columns) + 1)))
+    for key, value in document.items():
+        if key not in rows:
+            print(f"{key}: {_cell(value)}")
+
+
+def comparison(document: dict[str, Any]) -> None:
+    metrics = document.get("metrics", {})
+    tasks = list(dict.fromkeys(t for row in document["rows"] for t in row.get("tasks", {})))
+    modalities = list(dict.fromkeys(m for row in document["rows"] for m in row.get("sqnr_db", {})))
+    heads = [f"{t} WER" if metrics.get(t) == "wer" else t for t in tasks]
+    cells = [
+        (
+            row["method"],
+            row.get("bits", ""),
+            *(score(metrics.get(t, "accuracy"), row.get("tasks", {}).get(t)) for t in tasks),
+            *(number(row.get("sqnr_db", {}).get(m), ".1f") for m in modalities),
+            *([size(row["bytes"])] if row.get("bytes") else []),
+        )
+        for row in document["rows"]
+    ]
+    last = ["linears"] if any(row.get("bytes") for row in document["rows"]) else []
+    columns = ("method", "bits", *heads, *(f"{m} dB" for m in modalities), *last)
+    _table(columns, cells, right=tuple(range(2, len(columns))))
+    for key, title in (("export_dir", "checkpoint"), ("load", "load it with")):
+        if document.get(key):
+            print(f"{title}: {document[key]}")
+
+
+def doctor(document: dict[str, Any]) -> None:
+    _table(("", ""), list(document["facts"].items()), heads=False)
+    for warning in document["warnings"]:
+        print("warning:", warning)
+    for problem in document["problems"]:
+        print("problem:", problem)
+    print("not ready" if document["problems"] else "ready")
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "stages": stages,
+    "evaluation": evaluation,
+    "benchmark": benchmark,
+    "comparison": comparison,
+}
+
+
+def score(metric: str, value: float | None) -> str:
+    return number(value, ".1%" if metric in PERCENT else ".3f")
+
+
+def interval(task: Mapping[str, Any]) -> str:
+    return " - ".join(score(task["metric"], bound) for bound in task.get("ci") or ())
+
+
+def number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
+
+
+def size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _table(columns, rows, right: tuple[int, ...] = (), heads: bool = True) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        box=SIMPLE_HEAD if heads else None, show_header=heads, pad_edge=False, show_edge=False
+    )
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=sys.stdout, markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a pipe has no width to fold at
+    console.print(table)
