@@ -1,0 +1,345 @@
+"""Evaluation: a recipe's tasks on one model, with intervals, and its fidelity to the float one.
+
+`prepare` decodes and encodes a task once; `score` runs a model on it. Comparing seven models
+then pays for the media only once.
+"""
+
+import contextlib
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from masquant_cli.algo import metrics
+from masquant_cli.data.inputs import (
+    encode,
+    encode_scored,
+    model_inputs,
+    tokenizer_of,
+)
+from masquant_cli.data.samples import Sample, load_samples
+from masquant_cli.data.text import fill
+from masquant_cli.errors import CheckError, RecipeError
+from masquant_cli.progress import NullProgress, Progress
+from masquant_cli.recipe import Evaluation, Modality, Task
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs of some samples, left-padded."""
+
+    inputs: dict[str, Tensor]
+    order: tuple[int, ...]  # positions of the rows in the task's own order
+    scored: Tensor | None = None  # bool [B, S], perplexity only
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task whose samples are loaded, encoded and sorted by length."""
+
+    task: Task
+    batches: tuple[Batch, ...]
+    references: tuple[str, ...]  # in the task's own order; empty for perplexity
+    keys: tuple[str, ...]  # content hashes, in the task's own order
+    seed: int
+
+
+def evaluate(
+    model,
+    processor,
+    evaluation: Evaluation,
+    *,
+    modalities: tuple[Modality, ...],
+    seed: int,
+    float_model=None,
+    progress: Progress | None = None,
+    prepared: Sequence[Prepared] | None = None,
+    predictions: bool = False,
+) -> dict:
+    """{"tasks": {name: {metric, value, n, ci: [lo, hi], ci_method}}} and, given `float_model`
+    and `evaluation.fidelity_samples` > 0, "sqnr_db", "sqnr_end_db", "kl" and "flip_rate", each
+    {modality: number or None} (see `fidelity`).
+
+    Accuracy and WER are percents. `prepared` reuses inputs made by `prepare`; `predictions`
+    adds each task's generated texts. Raises RecipeError for data that cannot be used and
+    CheckError for a model whose logits are not finite.
+    """
+    progress = progress or NullProgress()
+    if prepared is None:
+        prepared = prepare_all(
+            evaluation, processor, modalities=modalities, seed=seed, progress=progress
+        )
+    tasks = {
+        item.task.name: score(model, processor, item, progress=progress, predictions=predictions)
+        for item in prepared
+    }
+    result: dict = {"tasks": tasks}
+    if float_model is not None and evaluation.fidelity_samples and evaluation.tasks:
+        from masquant_cli.stages.fidelity import fidelity
+
+        result |= fidelity(
+            float_model,
+            model,
+            processor,
+            evaluation,
+            modalities=modalities,
+            seed=seed,
+            progress=progress,
+        )
+    return result
+
+
+def prepare_all(
+    evaluation: Evaluation,
+    processor,
+    *,
+    modalities: tuple[Modality, ...],
+    seed: int,
+    progress: Progress | None = None,
+) -> list[Prepared]:
+    """Every task of the evaluation, ready for `score`."""
+    progress = progress or NullProgress()
+    progress.stage("prepare evaluation", len(evaluation.tasks), "tasks")
+    prepared = []
+    for task in evaluation.tasks:
+        item = prepare(
+            task,
+            processor,
+            modalities=modalities,
+            seed=seed,
+            batch_size=evaluation.batch_size,
+        )
+        prepared.append(item)
+        progress.advance(1)
+    return prepared
+
+
+def prepare(
+    task: Task,
+    processor,
+    *,
+    modalities: tuple[Modality, ...],
+    seed: int,
+    batch_size: int,
+) -> Prepared:
+    """Load and encode a task's samples, in batches of similar length. Raises RecipeError."""
+    samples = task_samples(task, modalities=modalities, seed=seed)
+    references = []
+    if task.metric != "perplexity":
+        references = [reference(task, sample) for sample in samples]
+    # Sorted by text and media size, as batches of like lengths waste little on padding; the
+    # token count itself is only known after the processor.
+    order = sorted(range(len(samples)), key=lambda i: (_size(samples[i]), i))
+    batches = []
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        chosen = [samples[i] for i in rows]
+        if task.metric == "perplexity":
+            inputs, scored = encode_scored(processor, chosen)
+            batches.append(Batch(inputs, tuple(rows), scored))
+        else:
+            batches.append(Batch(encode(processor, chosen, for_generation=True), tuple(rows)))
+    return Prepared(task, tuple(batches), tuple(references), tuple(s.key for s in samples), seed)
+
+
+def task_samples(
+    task: Task, *, modalities: tuple[Modality, ...], seed: int, limit: int | None = None
+) -> list[Sample]:
+    """The task's first samples in seeded order: `task.samples` of them, or `limit` if less."""
+    wanted = min(x for x in (task.samples, limit, math.inf) if x is not None)
+    samples: list[Sample] = []
+    for sample in load_samples(task.source, seed=seed, modalities=modalities):
+        samples.append(sample)
+        if len(samples) >= wanted:
+            break
+    return samples
+
+
+def reference(task: Task, sample: Sample) -> str:
+    """The expected answer. Raises RecipeError when nothing of it survives normalisation."""
+    text = fill(task.answer, sample.row, sample.where)
+    if not normalise(text):
+        raise RecipeError(
+            f"task {task.name!r}: the expected answer is empty",
+            where=sample.where,
+            hint="check the task's `answer` template, or leave such rows out with `where`",
+        )
+    return text.strip()
+
+
+def normalise(text: str) -> str:
+    """Lower case, NFKC, apostrophes dropped, other punctuation and white space collapsed to one
+    space. Signs and points of numbers stay: "-5" is not "5", "3.5" is not "35".
+
+    A text of nothing but punctuation is kept as it is.
+    """
+    text = unicodedata.normalize("NFKC", text).lower().strip()
+    bare = re.sub(r"['’`]", "", text)
+    kept = [
+        " " if unicodedata.category(c).startswith("P") and not _in_number(bare, i) else c
+        for i, c in enumerate(bare)
+    ]
+    return " ".join("".join(kept).split()) or text
+
+
+def _in_number(text: str, i: int) -> bool:
+    before, after = text[i - 1 : i] if i else "", text[i + 1 : i + 2]
+    if text[i] in ".,":
+        return before.isdigit() and after.isdigit()
+    return text[i] == "-" and after.isdigit() and not before.isalnum()
+
+
+def score(
+    model,
+    processor,
+    prepared: Prepared,
+    *,
+    progress: Progress | None = None,
+    predictions: bool = False,
+) -> dict:
+    """{metric, value, n, ci: [lo, hi], ci_method} of one task, "predictions" if asked for.
+
+    Accuracy: share of exact matches after `normalise`, percent, Wilson interval. WER: total
+    edits over total reference words (corpus level), percent, bootstrap over samples.
+    Perplexity: exp(mean nats per token), bootstrap over samples. Raises CheckError when a
+    logit is not finite.
+    """
+    progress = progress or NullProgress()
+    task = prepared.task
+    progress.stage(f"evaluate {task.name}", len(prepared.keys), "samples")
+    with torch.no_grad(), _greedy(model):
+        if task.metric == "perplexity":
+            return _perplexity(model, prepared, progress)
+        texts = _generate(model, processor, prepared, progress)
+    got = [normalise(text) for text in texts]
+    wanted = [normalise(text) for text in prepared.references]
+    result = _accuracy(got, wanted) if task.metric == "accuracy" else _wer(got, wanted, prepared)
+    result = {"metric": task.metric, **result}
+    if predictions:
+        result["predictions"] = [
+            {"key": key, "expected": expected, "predicted": text}
+            for key, expected, text in zip(prepared.keys, prepared.references, texts, strict=True)
+        ]
+    return result
+
+
+def finite_or_fail(logits: Tensor, what: str) -> None:
+    """Raise CheckError unless every logit is a number; -inf is a legal way to forbid a token."""
+    if bool(torch.isnan(logits).any() | (logits == torch.inf).any()):
+        raise CheckError(
+            "the model's logits hold NaN or infinity",
+            where=what,
+            hint="the weights or scales are broken: calibrate again, or try model.dtype=float32",
+        )
+
+
+def _accuracy(got: list[str], wanted: list[str]) -> dict:
+    hits, n = sum(map(str.__eq__, got, wanted)), len(wanted)
+    low, high = metrics.wilson(hits, n)
+    return _result(100 * hits / n, n, 100 * low, 100 * high, "wilson")
+
+
+def _wer(got: list[str], wanted: list[str], prepared: Prepared) -> dict:
+    import jiwer
+
+    value = 100 * jiwer.process_words(wanted, got).wer
+    pairs = [(a.split(), b.split()) for a, b in zip(wanted, got, strict=True)]
+    edits = torch.tensor([metrics.edit_distance(a, b) for a, b in pairs])
+    words = torch.tensor([len(a) for a, _ in pairs])
+    low, high = metrics.bootstrap_ratio(edits, words, seed=prepared.seed)
+    return _result(value, len(wanted), 100 * low, 100 * high, "bootstrap")
+
+
+def _perplexity(model, prepared: Prepared, progress: Progress) -> dict:
+    nats, counts = torch.zeros(len(prepared.keys)), torch.zeros(len(prepared.keys))
+    for batch in prepared.batches:
+        inputs = model_inputs(model, batch.inputs)
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        scored = batch.scored[:, 1:].to(logits.device)
+        finite_or_fail(logits[scored], f"task {prepared.task.name}")
+        targets = inputs["input_ids"][:, 1:][scored]
+        loss = torch.nn.functional.cross_entropy(logits[scored].float(), targets, reduction="none")
+        rows = torch.tensor(batch.order)[scored.cpu().nonzero()[:, 0]]
+        nats.index_add_(0, rows, loss.cpu())
+        counts.index_add_(0, rows, torch.ones(len(rows)))
+        progress.advance(len(batch.order), tokens=int(batch.inputs["attention_mask"].sum()))
+    if not counts.sum():
+        raise RecipeError(
+            f"task {prepared.task.name!r} has no text token to score",
+            hint="add an assistant message, or text",
+        )
+    value = math.exp(min(float(nats.sum() / counts.sum()), 700.0))
+    ends = metrics.bootstrap_ratio(nats, counts, seed=prepared.seed)
+    low, high = (math.exp(min(end, 700.0)) for end in ends)
+    result = _result(value, len(prepared.keys), low, high, "bootstrap")
+    return {"metric": "perplexity", **result, "tokens": int(counts.sum())}
+
+
+def _generate(model, processor, prepared: Prepared, progress: Progress) -> list[str]:
+    import transformers
+
+    texts = [""] * len(prepared.references)
+    tokenizer = tokenizer_of(processor)
+    what = f"task {prepared.task.name}"
+
+    def watch(_ids: Tensor, scores: Tensor) -> Tensor:
+        finite_or_fail(scores, what)
+        return scores
+
+    processors = transformers.LogitsProcessorList([watch])
+    for batch in prepared.batches:
+        inputs = model_inputs(model, batch.inputs)
+        tokens = model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=prepared.task.max_new_tokens,
+            logits_processor=processors,
+        )
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
+        for row, text in zip(batch.order, decoded, strict=True):
+            texts[row] = text.strip()
+        read = int(batch.inputs["attention_mask"].sum())
+        progress.advance(len(batch.order), tokens=read + new.numel())
+    return texts
+
+
+@contextlib.contextmanager
+def _greedy(model):
+    """Nothing of the checkpoint's generation config but the special tokens: a repetition
+    penalty or a temperature of its own would change what is measured."""
+    import transformers
+
+    saved = getattr(model, "generation_config", None)
+    if saved is not None:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        kept = {name: getattr(saved, name, None) for name in names}
+        if kept["pad_token_id"] is None:  # generate() would warn for every batch
+            eos = kept["eos_token_id"]
+            kept["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+        model.generation_config = transformers.GenerationConfig(**kept)
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        if saved is not None:
+            model.generation_config = saved
+
+
+def _result(value: float, n: int, low: float, high: float, method: str) -> dict:
+    return {"value": value, "n": n, "ci": [low, high], "ci_method": method}
+
+
+def _size(sample: Sample) -> int:
+    """A cheap stand-in for the token count, which only the processor knows."""
+    waves = sum(len(wave) for wave in sample.media("audio"))
+    images = [*sample.media("image"), *(f for video in sample.media("video") for f in video)]
+    pixels = sum(image.size[0] * image.size[1] for image in images)
+    texts = sum(len(p["text"]) for m in sample.messages for p in m["content"] if "text" in p)
+    return waves // 640 + pixels // 784 + texts // 4
