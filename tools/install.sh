@@ -37,8 +37,9 @@ else
         if nvidia-smi -L >/dev/null 2>&1; then torch=cuda; else torch=cpu; fi
     fi
     case $torch-$(uname -s) in
-        # "+cpu" exists only as a CPU build, so no index can turn this into the CUDA one.
-        cpu-Linux) pip install "torch==$torch_version+cpu" \
+        # Only a CPU build has "+cpu" in its version, so no index can turn it into the CUDA one.
+        # Its dependencies come with ours below: the extra index is asked for torch alone.
+        cpu-Linux) pip install --no-deps --retries 1 "torch==$torch_version+cpu" \
             --extra-index-url https://download.pytorch.org/whl/cpu ;;
         cpu-* | cuda-*) pip install "torch==$torch_version" ;;
         *) echo "TORCH is auto, cpu or cuda, not '$torch'" >&2; exit 1 ;;
