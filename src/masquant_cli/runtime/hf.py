@@ -56,11 +56,15 @@ class MasquantHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        # Before 5.20 or so, tensors that Transformers renames keep the dtype of the file when the
-        # checkpoint is quantized, whatever dtype was asked for.
+        # Transformers 5.17 loads what it renames in the file's dtype, whatever dtype was asked
+        # for, when the checkpoint is quantized.
+        exempt = tuple(model._keep_in_fp32_modules or ()) + tuple(
+            model._keep_in_fp32_modules_strict or ()
+        )
         for key, value in model.state_dict(keep_vars=True).items():
-            if value.dtype != self._dtypes.get(key, value.dtype):
-                value.data = value.data.to(self._dtypes[key])
+            wanted = self._dtypes.get(key, value.dtype)
+            if value.dtype != wanted and not any(name in key for name in exempt):
+                value.data = value.data.to(wanted)
         return model
 
     def is_serializable(self, *args, **kwargs) -> bool:

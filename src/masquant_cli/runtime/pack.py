@@ -28,6 +28,7 @@ SUFFIXES = (
 )
 
 
+@torch.no_grad()
 def export_tensors(
     site: Site,
     weights: Sequence[Tensor],
@@ -95,6 +96,7 @@ def export_tensors(
     return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
 
 
+@torch.no_grad()
 def install(
     model: nn.Module, scheme: Scheme, tensors: Mapping[str, Tensor] | None = None
 ) -> ModalityContext:
