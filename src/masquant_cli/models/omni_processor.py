@@ -1,0 +1,44 @@
+"""A Qwen2.5-Omni processor for text, pictures and sound that needs no torchvision.
+
+Transformers' Qwen2_5OmniProcessor insists on a video processor, whose only implementation is
+torchvision's. Folders saved with OmniProcessor name this class in processor_config.json; call
+register() before AutoProcessor.from_pretrained reads such a folder.
+"""
+
+from transformers import AutoProcessor, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerConfig
+from transformers.models.auto.processing_auto import processor_class_from_name
+
+SPECIAL_TOKENS = ("image", "audio", "video")
+BOUNDARY_TOKENS = ("vision_bos", "vision_eos", "audio_bos", "audio_eos")
+
+
+class MasquantOmniProcessor(Qwen2_5OmniProcessor):
+    """Qwen2_5OmniProcessor without its video_processor; everything else is inherited."""
+
+    def __init__(
+        self, image_processor=None, feature_extractor=None, tokenizer=None, chat_template=None
+    ):
+        # The parent passes video_processor positionally, so its own __init__ is skipped.
+        super(Qwen2_5OmniProcessor, self).__init__(
+            image_processor, feature_extractor, tokenizer, chat_template=chat_template
+        )
+        for kind in SPECIAL_TOKENS:
+            setattr(self, f"{kind}_token", getattr(self.tokenizer, f"{kind}_token"))
+            setattr(self, f"{kind}_token_id", getattr(self.tokenizer, f"{kind}_token_id"))
+        for kind in BOUNDARY_TOKENS:
+            setattr(self, f"{kind}_token", getattr(self.tokenizer, f"{kind}_token"))
+
+    @property
+    def model_input_names(self):
+        names = (
+            self.tokenizer.model_input_names
+            + self.feature_extractor.model_input_names
+            + self.image_processor.model_input_names
+        )
+        return list(dict.fromkeys([*names, "feature_attention_mask"]))
+
+
+def register() -> None:
+    """Make AutoProcessor resolve folders saved with MasquantOmniProcessor; safe to repeat."""
+    if processor_class_from_name(MasquantOmniProcessor.__name__) is None:
+        AutoProcessor.register(Qwen2_5OmniThinkerConfig, MasquantOmniProcessor, exist_ok=True)
