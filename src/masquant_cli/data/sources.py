@@ -175,6 +175,14 @@ def _local_path(source: Source) -> Path | None:
     return None
 
 
+def local_files(source: Source) -> list[Path]:
+    """The files behind a local source, sorted; none for a hub id, which counts by its name."""
+    path = _local_path(source)
+    if path is None or path.is_file():
+        return [] if path is None else [path]
+    return sorted(p for p in path.rglob("*") if p.is_file())
+
+
 def _builtin(name: str, where: str) -> Path:
     folder = Path(str(importlib.resources.files("masquant_cli"))) / "assets/tiny-omni/data"
     path = folder / f"{name.removeprefix(BUILTIN)}.parquet"

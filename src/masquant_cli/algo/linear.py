@@ -1,0 +1,73 @@
+"""One quantized linear, written so that it is obviously right.
+
+Orientation, said once: weights follow torch, `[out, in]`; the paper's W is our weight transposed.
+Smoothing scales are vectors `[in]`, the diagonal of the paper's S. With modality m of a token,
+scale table `scale [M, in]` and base modality 0, eq. 29 reads
+
+    y = Q(x / s_m) @ Q(W * s_0).T + (x / s_m) @ lr_a[m] @ lr_b[m] + bias      (no lr for m = 0)
+"""
+
+import torch
+from masquant_kernels.quantizers import dequantize_weight, quantize_rows, quantize_weight
+
+
+def fake_quant_rows(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Round trip of `x [..., in]` through the per-token quantizer; 16 bits keep `x`."""
+    if bits >= 16:
+        return x
+    q, scale = quantize_rows(x, bits)
+    return q * scale
+
+
+def fake_quant_weight(
+    w: torch.Tensor, bits: int, group_size: int | None = None, symmetric: bool = True
+) -> torch.Tensor:
+    """Round trip of `w [out, in]` through the weight quantizer."""
+    return dequantize_weight(quantize_weight(w, bits, group_size, symmetric))
+
+
+def fake_quant_rows_ste(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """`fake_quant_rows`, differentiable: straight through the rounding, true through the step.
+
+    The step (absmax / qmax) keeps its gradient; without it smoothing would have none, because
+    (x / s) and (W s) cancel.
+    """
+    if bits >= 16:
+        return x
+    q, step = quantize_rows(x, bits)
+    return x + (q - x / step).detach() * step
+
+
+def fake_quant_weight_ste(
+    w: torch.Tensor, bits: int, group_size: int | None = None, symmetric: bool = True
+) -> torch.Tensor:
+    """`fake_quant_weight`, differentiable in the same sense."""
+    quantized = quantize_weight(w, bits, group_size, symmetric)
+    grouped = w.reshape(*quantized.scale.shape, -1)
+    integers = quantized.q.reshape(grouped.shape).float()
+    if quantized.zero is not None:
+        integers = integers - quantized.zero[..., None].float()
+    step = quantized.scale[..., None]
+    return (grouped + (integers - grouped / step).detach() * step).reshape(w.shape)
+
+
+def compensated_linear(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    base_weight: torch.Tensor,
+    scale: torch.Tensor,
+    activation_bits: int,
+    low_rank: dict[int, tuple[torch.Tensor, torch.Tensor]],
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Eq. 29 for a mix of modalities, in floats.
+
+    x [..., in], ids [...] int64, base_weight [out, in] = Q(W * s_0) dequantized, scale [M, in],
+    low_rank {m: (lr_a [in, r], lr_b [r, out])}. Returns [..., out] in fp32.
+    """
+    smoothed = x.float() / scale[ids]
+    y = fake_quant_rows(smoothed, activation_bits) @ base_weight.T
+    for m, (lr_a, lr_b) in low_rank.items():
+        here = ids == m
+        y[here] += smoothed[here] @ lr_a.float() @ lr_b.float()
+    return y if bias is None else y + bias.float()

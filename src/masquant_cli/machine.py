@@ -1,0 +1,40 @@
+"""What a stage cost: wall seconds and peak resident memory of this process."""
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Cost:
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+@contextlib.contextmanager
+def measure() -> Iterator[Cost]:
+    """Fill in a `Cost` when the block ends. The peak is the block's own on Linux."""
+    cost = Cost()
+    _reset_peak()
+    start = time.perf_counter()
+    yield cost
+    cost.seconds = round(time.perf_counter() - start, 3)
+    cost.peak_bytes = _peak()
+
+
+def _reset_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        line = next(text for text in lines if text.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,115 @@
+"""Float models and their processors: a folder, a hub id, or the model that ships with masquant."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .. import recipe as recipes
+from ..errors import EnvironmentProblem, RecipeError
+from .families import family_of
+from .resolve import resolve
+
+
+@dataclass(frozen=True)
+class Loaded:
+    model: torch.nn.Module
+    processor: Any
+    path: Path
+
+
+def read_config(folder: Path) -> transformers.PretrainedConfig:
+    """The model's configuration, refusing families masquant does not know and quantized ones."""
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"config.json cannot be read: {error}", where=str(folder / "config.json"),
+            hint="download the model again",
+        ) from error  # fmt: skip
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "?")
+        raise RecipeError(
+            f"this checkpoint is already quantized ({method})", where=str(folder),
+            hint="start from the float checkpoint",
+        )  # fmt: skip
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise RecipeError(
+            f"Transformers does not know this model: {str(error).splitlines()[0]}",
+            where=str(folder / "config.json"), hint="a newer transformers may know it",
+        ) from error  # fmt: skip
+    return config
+
+
+def pick_device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            "device: cuda was asked for and torch sees no GPU", where="device",
+            hint="use device: cpu, or install a CUDA build of torch",
+        )  # fmt: skip
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def pick_dtype(
+    wanted: str, device: torch.device, config: transformers.PretrainedConfig
+) -> torch.dtype:
+    """`auto` is the checkpoint's own dtype on a GPU and fp32 on a CPU, where bf16 is slow."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if device.type == "cpu":
+        return torch.float32
+    return getattr(config, "dtype", None) or torch.bfloat16
+
+
+def load_float(spec: recipes.Model, device: str = "auto") -> Loaded:
+    """The float model in eval mode with its processor. Raises RecipeError, EnvironmentProblem."""
+    folder = resolve(spec)
+    config = read_config(folder)
+    family = family_of(config)
+    where = pick_device(device)
+    try:
+        model, info = getattr(transformers, family.model_class).from_pretrained(
+            folder, dtype=pick_dtype(spec.dtype, where, config), output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RecipeError(
+            f"the weights cannot be loaded: {str(error).splitlines()[0]}", where=str(folder),
+            hint="is a shard missing or truncated? download the model again",
+        ) from error  # fmt: skip
+    if missing := sorted(info["missing_keys"]):
+        raise RecipeError(
+            f"the checkpoint lacks {len(missing)} tensors, first {missing[0]}", where=str(folder),
+            hint="is a shard missing? download the model again",
+        )  # fmt: skip
+    _refuse_bad_weights(model, folder)
+    return Loaded(model.to(where).eval(), load_processor(folder), folder)
+
+
+def load_processor(folder: Path) -> Any:
+    """The model's processor, or its tokenizer where it has no other."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise RecipeError(
+            f"the processor cannot be loaded: {str(error).splitlines()[0]}", where=str(folder),
+            hint="the folder must hold preprocessor and tokenizer files; some processors need "
+            "`pip install torchvision`",
+        ) from error  # fmt: skip
+
+
+def _refuse_bad_weights(model: torch.nn.Module, folder: Path) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise RecipeError(
+                f"the weight {name} holds NaN or infinity", where=str(folder),
+                hint="the checkpoint is damaged; download it again",
+            )  # fmt: skip

@@ -1,0 +1,167 @@
+"""A run directory: RUN/<stage>/layers/NNN.safetensors and, last, RUN/<stage>/manifest.json.
+
+A stage without a manifest is unfinished, whatever else lies there. Writes go to a temporary
+file, are synced, then renamed, so a crash or a full disk never leaves a file that looks whole.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .errors import ArtifactError, EnvironmentProblem
+
+SCHEMA = 1
+STAGES = ("calibrate", "smooth", "compensate", "export")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage says of itself. `outputs` maps relative paths to sha256."""
+
+    stage: str
+    fingerprint: str
+    outputs: dict[str, str]
+    seed: int
+    seconds: float
+    peak_bytes: int
+    summary: dict = field(default_factory=dict)
+    versions: dict = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class RunDir:
+    path: Path
+
+    def stage(self, name: str) -> Path:
+        return self.path / name
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run against other processes; the operating system frees it when we die."""
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ArtifactError(
+                "another masquant process is working in this run directory",
+                where=str(self.path),
+                hint="wait for it, or choose another --run-dir",
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def read_manifest(stage_dir: Path) -> Manifest | None:
+    """The stage's manifest, or None when the stage never finished."""
+    path = stage_dir / "manifest.json"
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text())
+        if data["schema"] != SCHEMA:
+            raise ArtifactError(
+                f"this stage was written with schema {data['schema']}, this masquant reads {SCHEMA}",
+                where=str(path),
+                hint="delete the stage's folder and run again",
+            )
+        return Manifest(**data)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"this manifest is damaged: {error}",
+            where=str(path),
+            hint="delete the stage's folder and run again",
+        ) from error
+
+
+def write_manifest(stage_dir: Path, manifest: Manifest) -> None:
+    write_json(stage_dir / "manifest.json", asdict(manifest))
+
+
+def missing_output(stage_dir: Path, manifest: Manifest) -> str | None:
+    """The first output a finished stage no longer has, or None."""
+    return next((o for o in manifest.outputs if not (stage_dir / o).exists()), None)
+
+
+def fingerprint(content: object) -> str:
+    """sha256 of json-able content, independent of key order."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def replace_atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling; on success sync it and rename it over `path`."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with disk_errors(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            if sys.platform != "win32":
+                sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into one clear error.
+
+    safetensors reports them as its own error type, with the reason only in its text.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = str(error).lower()
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "no space left" in text or "os error 28" in text:
+            raise EnvironmentProblem(
+                "the disk is full; nothing half-written was kept",
+                where=str(path),
+                hint="free space or choose another --run-dir, then run the same command again",
+            ) from error
+        if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
+            raise EnvironmentProblem(
+                f"cannot write here: {error.strerror or error}",
+                where=str(path),
+                hint="choose a --run-dir that you may write to",
+            ) from error
+        raise
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes the numbers."""
+    found = {"python": sys.version.split()[0]}
+    for package in ("masquant", "torch", "transformers", "datasets", "safetensors"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,0 +1,83 @@
+"""One safetensors file per decoder layer, written whole or not at all.
+
+Every shard carries the fingerprint of the stage that wrote it, so a resumed run knows which
+layers are its own. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import ArtifactError
+from .rundir import replace_atomic
+
+
+def layer_file(stage_dir: Path, layer: int) -> Path:
+    return stage_dir / "layers" / f"{layer:03d}.safetensors"
+
+
+def save(path: Path, tensors: dict[str, torch.Tensor], *, fingerprint: str, notes: dict) -> None:
+    """Write `tensors` (made contiguous, moved to CPU) and json-able `notes` atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ready = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    # One metadata key only: safetensors does not keep the order of several, and bytes must repeat.
+    header = json.dumps({"fingerprint": fingerprint, "notes": notes}, sort_keys=True)
+    with replace_atomic(path) as temporary:
+        save_file(ready, temporary, metadata={"masquant": header})
+
+
+def read_header(path: Path) -> dict | None:
+    """{"fingerprint", "notes"} of a readable shard; None when it is absent or damaged."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            return json.loads((shard.metadata() or {})["masquant"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def is_done(path: Path, fingerprint: str) -> bool:
+    header = read_header(path)
+    return header is not None and header["fingerprint"] == fingerprint
+
+
+def load(path: Path, *, sha256: str | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of a shard, by name. Raises ArtifactError when damaged or changed."""
+    try:
+        if sha256 is not None and file_sha256(path) != sha256:
+            raise ArtifactError(
+                "this file changed after the stage that wrote it finished",
+                where=str(path),
+                hint="delete the stage's folder and run again",
+            )
+        with safe_open(path, framework="pt") as shard:
+            return {name: shard.get_tensor(name) for name in shard.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"cannot read this layer: {error}",
+            where=str(path),
+            hint="delete the stage's folder and run again; finished stages before it are kept",
+        ) from error
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sampled_sha256(path: Path) -> str:
+    """Hash of the size and of 17 spread pieces: enough to notice changed weights, in milliseconds."""
+    size = os.path.getsize(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb", buffering=0) as file:
+        for piece in range(17):
+            file.seek(max(0, (size - 65536) * piece // 16))
+            digest.update(file.read(65536))
+    return digest.hexdigest()

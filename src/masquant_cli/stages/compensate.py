@@ -1,0 +1,115 @@
+"""compensate: the low-rank correction of every site and non-base modality (eq. 22-26)."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from .. import shards
+from ..algo.linear import fake_quant_weight
+from ..algo.low_rank import (
+    LowRank,
+    best_low_rank,
+    effective_rank,
+    smoothed_gram,
+    unwhitened_low_rank,
+)
+from ..errors import RecipeError
+from ..models.sites import Site
+from .load import Job
+
+
+def compensate(job: Job, folder: Path, fingerprint: str) -> dict:
+    """Write `layers/NNN.safetensors` with, per corrected site kind and modality:
+
+    `{site}.{modality}.lr_a` [in, r] and `.lr_b` [r, sum of outs] f16, `.singular_values` f32.
+    The notes hold the effective rank before and after whitening, the share of the residual's
+    energy that is left, and the SQNR this predicts for exact activations.
+    """
+    job.progress.stage("compensate", len(job.layers), "layers")
+    left: list[float] = []
+    for layer in job.layers:
+        path = shards.layer_file(folder, layer.layer)
+        if not shards.is_done(path, fingerprint):
+            tensors: dict[str, torch.Tensor] = {}
+            notes: dict[str, dict] = {}
+            statistics = job.read("calibrate", layer.layer)
+            scales = job.read("smooth", layer.layer)
+            for site in layer.sites:
+                if job.rank(site):
+                    _site(job, site, statistics, scales[f"{site.kind}.scale"], tensors, notes)
+            shards.save(path, tensors, fingerprint=fingerprint, notes=notes)
+        notes = shards.read_header(path)["notes"]
+        left += [note["residual_energy_left"] for note in notes.values()]
+        job.progress.advance(1)
+    return {"mean_residual_energy_left": round(sum(left) / len(left), 4) if left else None}
+
+
+def _site(
+    job: Job,
+    site: Site,
+    statistics: dict[str, torch.Tensor],
+    scale: torch.Tensor,
+    tensors: dict[str, torch.Tensor],
+    notes: dict[str, dict],
+) -> None:
+    recipe, device = job.recipe, job.loaded.model.device
+    weight, scale = job.weight(site), scale.to(device)
+    options = recipe.weights
+    base = fake_quant_weight(weight * scale[0], options.bits, options.group_size, options.symmetric)
+    for m, name in enumerate(recipe.modalities[1:], start=1):
+        key = f"{site.kind}.{name}"
+        delta = weight * scale[m] - base
+        if f"{key}.gram" in statistics:
+            # Divided by the token count, so that numbers do not grow with the data.
+            count = max(1, int(statistics[f"{key}.count"]))
+            gram = smoothed_gram(statistics[f"{key}.gram"].to(device) / count, scale[m])
+            smoothed = {"gram": gram}
+            signal = float(((weight * scale[m]) @ gram * (weight * scale[m])).sum())
+        else:
+            rows = statistics[f"{key}.rows"].to(device)
+            rows = rows / scale[m] / math.sqrt(max(1, len(rows)))
+            smoothed = {"rows": rows}
+            signal = float((rows @ (weight * scale[m]).T).square().sum())
+        found = (
+            best_low_rank(delta, job.rank(site), **smoothed)
+            if recipe.compensation.whiten
+            else unwhitened_low_rank(delta, job.rank(site))
+        )
+        lr_a, lr_b = found.lr_a.half(), found.lr_b.half()
+        if not bool(torch.isfinite(lr_a).all() and torch.isfinite(lr_b).all()):
+            raise RecipeError(
+                f"the correction of {site.name} for {name} does not fit fp16",
+                where=f"compensate, {site.module}",
+                hint="smoothing scales this far apart point at a damaged calibration sample",
+            )
+        tensors |= {
+            f"{key}.lr_a": lr_a,
+            f"{key}.lr_b": lr_b,
+            f"{key}.singular_values": found.singular_values,
+        }
+        notes[key] = _report(found, delta, smoothed, signal)
+
+
+def _report(found: LowRank, delta: torch.Tensor, smoothed: dict, signal: float) -> dict:
+    """Numbers worth keeping; effective ranks where the full spectrum is cheap."""
+    rows = smoothed.get("rows")
+    if rows is not None:
+        energy = float((rows @ delta.T).square().sum())
+        rest = rows @ (delta - (found.lr_a.half().float() @ found.lr_b.half().float()).T).T
+        remaining = float(rest.square().sum())
+    else:
+        gram = smoothed["gram"]
+        energy = float((delta @ gram * delta).sum())
+        rest = delta - (found.lr_a.half().float() @ found.lr_b.half().float()).T
+        remaining = max(0.0, float((rest @ gram * rest).sum()))
+    note = {
+        "rank": found.lr_b.shape[0],
+        "residual_energy_left": round(remaining / max(energy, 1e-30), 6),
+        "predicted_sqnr_db": round(10 * math.log10(max(signal, 1e-30) / max(remaining, 1e-30)), 3),
+        "effective_rank_whitened": round(effective_rank(found.singular_values), 2),
+    }
+    if min(delta.shape) <= 4096:
+        plain = torch.linalg.svdvals(delta)
+        note["effective_rank_unwhitened"] = round(effective_rank(plain), 2)
+    return note

@@ -1,0 +1,90 @@
+"""eval and bench on folders: load the model in question and, when needed, its float original."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from ..data.samples import load_samples
+from ..errors import RecipeError
+from ..models.loading import Loaded, load_float
+from ..progress import Progress
+from ..recipe import Model, Recipe
+from ..runtime import load_quantized
+from .bench import bench
+from .evaluate import evaluate
+
+
+def evaluate_folder(
+    recipe: Recipe, folder: Path, *, against: Path | None, progress: Progress
+) -> dict:
+    """The recipe's evaluation of one folder; quantized ones are also compared with float."""
+    if not recipe.evaluation.tasks:
+        raise RecipeError(
+            "the recipe has no evaluation tasks", where="evaluation.tasks",
+            hint="add tasks; `masquant recipes tiny-omni-w4a8` prints an example",
+        )  # fmt: skip
+    float_model = None
+    if is_quantized(folder):
+        original = _float(recipe, against, progress)
+        float_model, device = original.model, original.model.device
+        model = _quantized(folder, device, original.model.dtype, progress)
+        processor = original.processor
+    else:
+        loaded = load_float(Model(path=str(folder), dtype=recipe.model.dtype), recipe.device)
+        model, processor = loaded.model, loaded.processor
+    found = evaluate(
+        model,
+        processor,
+        recipe.evaluation,
+        modalities=recipe.modalities,
+        seed=recipe.seed,
+        float_model=float_model,
+        progress=progress,
+    )
+    return {"model": str(folder), "recipe": recipe.name, **found}
+
+
+def bench_folder(recipe: Recipe, folder: Path, *, against: Path | None, progress: Progress) -> dict:
+    """Interleaved timings of float and quantized, on a prompt with the recipe's media."""
+    if not is_quantized(folder):
+        raise RecipeError(
+            "this folder holds a float model; bench compares one with its quantized form",
+            where=str(folder), hint="give --model an exported folder",
+        )  # fmt: skip
+    original = _float(recipe, against, progress)
+    model = _quantized(folder, original.model.device, original.model.dtype, progress)
+    source = recipe.calibration.sources[0]
+    sample = next(load_samples(source, seed=recipe.seed, modalities=recipe.modalities))
+    return bench(
+        original.model,
+        model,
+        original.processor,
+        recipe.bench,
+        sample=sample,
+        seed=recipe.seed,
+        progress=progress,
+    )
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether a model folder carries masquant's quantization_config. RecipeError if no model."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"not a model folder: {error}", where=str(folder),
+            hint="point --model at a folder that holds config.json",
+        ) from error  # fmt: skip
+    return config.get("quantization_config", {}).get("quant_method") == "masquant"
+
+
+def _float(recipe: Recipe, against: Path | None, progress: Progress) -> Loaded:
+    progress.note(f"loading {against or recipe.model.path}")
+    spec = Model(path=str(against), dtype=recipe.model.dtype) if against else recipe.model
+    return load_float(spec, recipe.device)
+
+
+def _quantized(folder: Path, device: torch.device, dtype: torch.dtype, progress: Progress):
+    progress.note(f"loading {folder}")
+    return load_quantized(folder, dtype=dtype).to(device).eval()

@@ -1,0 +1,74 @@
+"""The solved model in floats: eq. 29 by fake quantization, straight from the stages' artifacts.
+
+It shares nothing with packing, file names or the runtime modules, so the export is checked
+against it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from ..algo.linear import compensated_linear, fake_quant_weight
+from ..models.modality import modality_ids, token_ids_of
+from ..models.sites import Site
+from .load import Job
+
+
+@torch.no_grad()
+def reference_logits(job: Job, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits [B, T, vocabulary] f32 of the solved model for one encoded batch."""
+    model = job.loaded.model
+    inputs = {k: v.to(model.device) for k, v in inputs.items()}
+    tokens = token_ids_of(model.config)
+    ids = modality_ids(inputs["input_ids"], tokens, job.recipe.modalities)
+    with _fake_quantized(job, ids):
+        return model(**inputs, use_cache=False).logits.float().cpu()
+
+
+@contextlib.contextmanager
+def _fake_quantized(job: Job, ids: torch.Tensor) -> Iterator[None]:
+    handles = []
+    try:
+        for layer in job.layers:
+            scales = job.read("smooth", layer.layer)
+            low_rank = job.read("compensate", layer.layer)
+            for site in layer.sites:
+                handles += _replace(job, site, scales, low_rank, ids)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _replace(job: Job, site: Site, scales: dict, low_rank: dict, ids: torch.Tensor) -> list:
+    recipe, device = job.recipe, job.loaded.model.device
+    scale = scales[f"{site.kind}.scale"].to(device)
+    options = recipe.weights
+    pairs = {
+        m: (low_rank[f"{site.kind}.{name}.lr_a"], low_rank[f"{site.kind}.{name}.lr_b"])
+        for m, name in enumerate(recipe.modalities)
+        if f"{site.kind}.{name}.lr_a" in low_rank
+    }
+    handles, start = [], 0
+    for name, out in zip(site.linears, site.out_features, strict=True):
+        module = job.loaded.model.get_submodule(name)
+        base = fake_quant_weight(
+            module.weight.detach().float() * scale[0],
+            options.bits,
+            options.group_size,
+            options.symmetric,
+        )
+        mine = {
+            m: (a.to(device), b[:, start : start + out].to(device)) for m, (a, b) in pairs.items()
+        }
+        start += out
+
+        def hook(module, args, output, base=base, mine=mine):
+            y = compensated_linear(
+                args[0], ids, base, scale, recipe.activations.bits, mine, module.bias
+            )
+            return y.to(output.dtype)
+
+        handles.append(module.register_forward_hook(hook))
+    return handles
