@@ -3,7 +3,7 @@
 from functools import cache
 
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import AddedToken, pre_tokenizers
 from transformers import (
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
@@ -42,9 +42,9 @@ def tokenizer(template: str = TEMPLATE) -> Qwen2Tokenizer:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         unk_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>", *NAMED.values()],
         extra_special_tokens=dict(NAMED),
     )
+    made.add_tokens([AddedToken("<|im_start|>", special=True, normalized=False)])
     made.chat_template = template
     return made
 

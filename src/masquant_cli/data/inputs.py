@@ -58,7 +58,7 @@ def encode_scored(processor, samples: Sequence[Sample]) -> tuple[dict[str, Tenso
     """
     batch = encode(processor, samples, for_generation=False)
     tokenizer = tokenizer_of(processor)
-    special = torch.tensor(sorted(set(tokenizer.all_special_ids) | set(placeholders(processor))))
+    special = torch.tensor(sorted(special_ids(tokenizer) | set(placeholders(processor))))
     mask = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
     for row, sample in enumerate(samples):
         ids = batch["input_ids"][row]
@@ -111,6 +111,12 @@ def render(processor, sample: Sample, *, for_generation: bool) -> str:
 def tokenizer_of(processor):
     """A processor's tokenizer; a text model's processor is the tokenizer itself."""
     return getattr(processor, "tokenizer", processor)
+
+
+def special_ids(tokenizer) -> set[int]:
+    """Ids of all special tokens, the added ones (<|im_start|>) included."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
 
 def placeholders(processor) -> dict[int, str]:
@@ -197,7 +203,7 @@ def _check_placeholders(processor, samples: Sequence[Sample], batch: Mapping[str
                 raise RecipeError(
                     f"{wanted} {kind} part(s) became {count} tokens: the model would not see them",
                     where=sample.where or None,
-                    hint="the chat template ignores this kind of content, or the media is too small",
+                    hint="the chat template ignores such content, or the media is too small",
                 )
             if count and not wanted:
                 raise RecipeError(
@@ -219,7 +225,7 @@ def _answer_span(processor, tokenizer, sample: Sample, ids: list[int]) -> tuple[
     count = 0
     while count < min(len(tail), len(ids)) and tail[-1 - count] == ids[-1 - count]:
         count += 1
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     skipped = next((i for i in range(count) if ids[-1 - i] in special), 0)
     if count == skipped:
         raise RecipeError("the assistant's message is empty", where=sample.where or None)

@@ -11,7 +11,6 @@ import difflib
 import functools
 import importlib.resources
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -20,12 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from masquant_cli.data.folders import read_folder
+from masquant_cli.data.problems import translated
 from masquant_cli.data.text import missing_column
-from masquant_cli.errors import EnvironmentProblem, RecipeError
+from masquant_cli.errors import RecipeError
 from masquant_cli.recipe import Source
 
 BUILTIN = "builtin:tiny-omni/"
-FOLDERS = {"imagefolder:": "imagefolder", "audiofolder:": "audiofolder"}
+FOLDERS = {"imagefolder:": "image", "audiofolder:": "audio"}
 FORMATS = {"parquet": "parquet", "json": "json", "jsonl": "json", "csv": "csv"}
 STREAM_BUFFER = 1024  # rows held while shuffling a stream
 IN_MEMORY = 256 * 2**20  # a parquet file up to this many bytes is read without any cache
@@ -66,9 +67,9 @@ def iterate(source: Source, *, seed: int, columns: Iterable[str]) -> Iterator[tu
         for column in [*columns, *source.where]:
             if column not in names:
                 raise missing_column(column, names, where)
-    rows = _stream_rows if source.streaming else _map_rows
+    rows = _map_rows if hasattr(dataset, "select") else _stream_rows
     count = 0
-    with _translated(source):
+    with translated(source, where_of(source)):
         for index, row in rows(dataset, source, seed):
             yield index, row
             count += 1
@@ -134,7 +135,7 @@ def _matches(row: dict, labels: dict[str, list[str]], source: Source) -> bool:
 
 
 def _seen_values(dataset, source: Source) -> str | None:
-    if source.streaming:
+    if not hasattr(dataset, "select"):
         return None
     head = dataset.select_columns(list(source.where)).select(range(min(len(dataset), 1000)))
     labels, parts = _labels(head), []
@@ -200,7 +201,7 @@ def _open(source: Source):
     """The split as a datasets.Dataset or IterableDataset with media columns undecoded."""
     where = where_of(source)
     path = _local_path(source)  # before the import, which takes a second
-    with _translated(source), _quiet():
+    with translated(source, where_of(source)), _quiet():
         import datasets
 
         kwargs: dict[str, Any] = {"split": source.split, "streaming": source.streaming}
@@ -208,8 +209,8 @@ def _open(source: Source):
             name = source.dataset
             kwargs |= {"name": source.subset, "revision": source.revision}
         elif source.dataset.startswith(tuple(FOLDERS)):
-            name = FOLDERS[source.dataset.split(":")[0] + ":"]
-            kwargs |= {"data_dir": str(path)}
+            kind = FOLDERS[source.dataset.split(":")[0] + ":"]
+            return datasets.Dataset.from_dict(read_folder(path, kind, source.split, where))
         elif path.is_dir():
             name = str(path)
             kwargs |= {"name": source.subset}
@@ -256,7 +257,8 @@ def _undecoded(dataset):
     import datasets
 
     if isinstance(dataset, datasets.IterableDataset):
-        return dataset.decode(False)
+        # Without declared features (csv, json) there is nothing that would be decoded.
+        return dataset.decode(False) if dataset.features else dataset
     for column, feature in dataset.features.items():
         raw = _raw(feature, datasets)
         if raw != feature:
@@ -287,68 +289,3 @@ def _quiet():
         datasets.logging.set_verbosity(level)
         if not bars:
             datasets.enable_progress_bars()
-
-
-@contextlib.contextmanager
-def _translated(source: Source):
-    """Turn what `datasets` raises into one of our errors."""
-    try:
-        yield
-    except (RecipeError, EnvironmentProblem):
-        raise
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"reading this data set needs a package that is missing ({error})",
-            where=where_of(source),
-        ) from error
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _explain(error, source) from error
-
-
-def _explain(error: Exception, source: Source) -> Exception:
-    where = where_of(source)
-    chain, cause = [], error
-    while cause is not None and len(chain) < 8:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    kinds = {kind.__name__ for item in chain for kind in type(item).__mro__}
-    text = str(error)
-    split = re.search(r"(?:Unknown|Bad) split:? \"?(.+?)\"?\.? .*?(\[.*\])", text)
-    if split:
-        return RecipeError(
-            f"there is no split {source.split!r}", where=where, hint=f"the splits are {split[2]}"
-        )
-    if "BuilderConfig" in text or "Config name is missing" in text:
-        names = re.search(r"(\[.*\])", text, re.DOTALL)
-        hint = f"set `subset` to one of {names[1]}" if names else "set or remove `subset`"
-        return RecipeError(f"there is no subset {source.subset!r}", where=where, hint=hint)
-    if kinds & {"ConnectionError", "OfflineModeIsEnabled", "ConnectError", "TimeoutException"}:
-        return EnvironmentProblem(
-            "the Hugging Face hub cannot be reached and the data set is not in the cache",
-            where=where,
-            hint="download it on a machine with network (`hf download --repo-type dataset ID "
-            "--local-dir DIR`) and name the folder; HF_HUB_OFFLINE=1 skips the attempts",
-        )
-    if kinds & {"DatasetNotFoundError", "RepositoryNotFoundError", "GatedRepoError"}:
-        return RecipeError(
-            "the data set does not exist on the hub, or it needs a login",
-            where=where,
-            hint="check the id; for a gated data set accept its terms and run `hf auth login`",
-        )
-    if any(isinstance(item, OSError) and item.errno == 28 for item in chain):
-        return EnvironmentProblem(
-            "the disk is full", where=where, hint="free space, or move HF_HOME to another disk"
-        )
-    if "EmptyDatasetError" in kinds or "DataFilesNotFoundError" in kinds:
-        return RecipeError(
-            "the folder holds no data files", where=where, hint="parquet, json, jsonl or csv"
-        )
-    root = chain[-1]
-    detail = " ".join(str(root).split())[:300] or type(root).__name__
-    return RecipeError(
-        f"the data cannot be read ({type(root).__name__}: {detail})",
-        where=where,
-        hint="every file of a split must have the same columns; check one of them by itself",
-    )

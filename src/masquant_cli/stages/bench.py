@@ -15,7 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from masquant_cli.data.inputs import encode, model_inputs, placeholders, tokenizer_of
+from masquant_cli.data.inputs import encode, model_inputs, placeholders, special_ids, tokenizer_of
 from masquant_cli.data.samples import Sample
 from masquant_cli.errors import RecipeError
 from masquant_cli.progress import NullProgress, Progress
@@ -95,7 +95,7 @@ def prompt(
         batch = encode(processor, [sample] * settings.batch_size, for_generation=True)
     missing = max(settings.prompt_tokens - batch["input_ids"].shape[1], 0)
     tokenizer = tokenizer_of(processor)
-    special = set(tokenizer.all_special_ids) | set(placeholders(processor))
+    special = special_ids(tokenizer) | set(placeholders(processor))
     words = torch.tensor([i for i in sorted(tokenizer.get_vocab().values()) if i not in special])
     if not len(words):
         raise RecipeError("the tokenizer has no ordinary tokens to build a prompt from")
