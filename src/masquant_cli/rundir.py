@@ -74,7 +74,7 @@ def read_manifest(stage_dir: Path) -> Manifest | None:
         data = json.loads(path.read_text())
         if data["schema"] != SCHEMA:
             raise ArtifactError(
-                f"this stage was written with schema {data['schema']}, this masquant reads {SCHEMA}",
+                f"this stage has schema {data['schema']}, this masquant reads {SCHEMA}",
                 where=str(path),
                 hint="delete the stage's folder and run again",
             )

@@ -73,7 +73,7 @@ def file_sha256(path: Path) -> str:
 
 
 def sampled_sha256(path: Path) -> str:
-    """Hash of the size and of 17 spread pieces: enough to notice changed weights, in milliseconds."""
+    """Hash of the size and of 17 spread pieces: notices changed weights in milliseconds."""
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb", buffering=0) as file:

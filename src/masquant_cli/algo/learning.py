@@ -258,12 +258,8 @@ def _descend(
                 order = orders[m]
                 at = torch.arange(step * schedule.batch_rows, (step + 1) * schedule.batch_rows)
                 rows = problem.rows[m]
-                batch = (
-                    order[at % len(order)].unique()
-                    if len(order) < len(at)
-                    else order[at % len(order)]
-                )
-                loss(logs, m, rows[batch.to(rows.device)]).backward()
+                batch = order[at % len(order)].to(rows.device)
+                loss(logs, m, rows[batch]).backward()
             optimizer.step()
             cosine.step()
         value = judge(logs.detach())

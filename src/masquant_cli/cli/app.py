@@ -185,8 +185,8 @@ def recipes(
 
     if name:
         file = recipe_yaml.find(name)
-        text = file.read_text(encoding="utf-8")
-        return render.output({"path": file, "text": text}, json, lambda _: print(text, end=""))
+        document = {"path": file, "text": file.read_text(encoding="utf-8")}
+        return render.output(document, json, lambda d: print(d["text"], end=""))
     found = {n: (file, recipe_yaml.load(str(file))) for n, file in recipe_yaml.shipped().items()}
     listing = {
         name: {"path": file, "model": r.model.path, "modalities": r.modalities,
@@ -273,14 +273,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         code = app(args=argv, prog_name="masquant", standalone_mode=False)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        from masquant_cli.cli import failure
-
-        return failure.reader_gone()
+    except SystemExit:
+        raise
     except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
         from masquant_cli.cli import failure
 
         return failure.report(error, json="--json" in argv)

@@ -1,13 +1,12 @@
 """Any exception as one clear error: what, where, hint, and an exit code from `errors`."""
 
 import errno
-import json as json_module
-import os
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from masquant_cli import __version__
+from masquant_cli.cli import render
 from masquant_cli.errors import (
     EXIT_BUG,
     EXIT_ENVIRONMENT,
@@ -41,10 +40,7 @@ def report(error: BaseException, *, json: bool) -> int:
     if failure.hint:
         print(f"  hint: {failure.hint}", file=sys.stderr)
     if json:
-        try:
-            print(json_module.dumps({"error": failure.__dict__}, indent=2), flush=True)
-        except BrokenPipeError:
-            return reader_gone()
+        render.output({"error": asdict(failure)}, True, render.stages)
     return failure.exit_code
 
 
@@ -98,9 +94,3 @@ def _environment(error: BaseException) -> Failure | None:
 def _frame(error: BaseException) -> str | None:
     frames = traceback.extract_tb(error.__traceback__)
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
-
-
-def reader_gone() -> int:
-    """The reader of a pipe left (`masquant recipes | head -1`): end as quietly as cat does."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more at exit
-    return 128 + 13

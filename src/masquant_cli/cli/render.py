@@ -3,6 +3,7 @@
 import contextlib
 import json as json_module
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,10 +21,20 @@ def stdout_reserved() -> Iterator[None]:
 
 
 def output(document: dict[str, Any], json: bool, table: Callable[[dict[str, Any]], None]) -> None:
-    if json:
-        print(json_module.dumps(plain(document), indent=2, ensure_ascii=False))
-    else:
-        table(document)
+    try:
+        if json:
+            print(json_module.dumps(plain(document), indent=2, ensure_ascii=False))
+        else:
+            table(document)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise SystemExit(reader_gone()) from None
+
+
+def reader_gone() -> int:
+    """The reader of a pipe left (`masquant recipes | head -1`): end as quietly as cat does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more at exit
+    return 128 + 13
 
 
 def plain(value: Any) -> Any:

@@ -24,6 +24,7 @@ from .card import write_card
 from .load import Job
 from .verify import verify
 
+INDEX = "model.safetensors.index.json"
 # Not carried: weights in any format, and files that describe the float model.
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 REPLACED = ("config.json", INDEX, "README.md")

@@ -63,7 +63,7 @@ def verify(job: Job, folder: Path) -> dict[str, float]:
 
 
 def probe_inputs(job: Job) -> dict[str, dict[str, torch.Tensor]]:
-    """One encoded sample per set of modalities found in the calibration data, text-only included."""
+    """One encoded sample per set of modalities in the calibration data, and a text-only one."""
     processor, config = job.loaded.processor, job.loaded.model.config
     names, found = job.recipe.modalities, {}
     tokens = token_ids_of(config)
