@@ -39,7 +39,7 @@ else
     case $torch-$(uname -s) in
         # Only a CPU build has "+cpu" in its version, so no index can turn it into the CUDA one.
         # Its dependencies come with ours below: the extra index is asked for torch alone.
-        cpu-Linux) pip install --no-deps --retries 1 "torch==$torch_version+cpu" \
+        cpu-Linux) pip install --no-deps --no-compile --retries 1 "torch==$torch_version+cpu" \
             --extra-index-url https://download.pytorch.org/whl/cpu ;;
         cpu-* | cuda-*) pip install "torch==$torch_version" ;;
         *) echo "TORCH is auto, cpu or cuda, not '$torch'" >&2; exit 1 ;;
@@ -51,4 +51,4 @@ fi
 echo "torch==$version" >"$venv/masquant-constraints.txt"
 # Without build isolation a second install needs no network.
 pip install "hatchling>=1.27" editables
-pip install --no-build-isolation --constraint "$venv/masquant-constraints.txt" --editable '.[dev]'
+pip install --no-compile --no-build-isolation --constraint "$venv/masquant-constraints.txt" --editable '.[dev]'

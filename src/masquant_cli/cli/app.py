@@ -48,8 +48,8 @@ ModelDir = Annotated[
     typer.Option("--model", metavar="DIR", help="An exported or float folder, not the run's own."),
 ]
 Against = Annotated[
-    str | None,
-    typer.Option(metavar="MODEL", help="The float reference [default: the recipe's model]."),
+    Path | None,
+    typer.Option(metavar="DIR", help="The float folder to compare with, not the recipe's model."),
 ]
 
 

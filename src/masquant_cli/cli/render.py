@@ -197,4 +197,6 @@ def _table(columns, rows, right: tuple[int, ...] = (), heads: bool = True) -> No
     console = Console(file=sys.stdout, markup=False, highlight=False)
     if not console.is_terminal:
         console.width = 200  # a pipe has no width to fold at
-    console.print(table)
+    with console.capture() as drawn:  # Rich on its own would turn a closed pipe into exit 1
+        console.print(table)
+    print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
