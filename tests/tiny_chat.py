@@ -124,6 +124,9 @@ def omni(seed: int = 0) -> Qwen2_5OmniThinkerForConditionalGeneration:
         for parameter in model.parameters():
             if parameter.ndim == 2:  # the default leaves activations, and differences, near zero
                 parameter.normal_(0, parameter.shape[1] ** -0.5)
+        # A generated placeholder without media behind it would be an error of its own.
+        for token in set(range(256, len(text))) - {text.eos_token_id}:
+            model.lm_head.weight[token] = 0
     model.generation_config.eos_token_id = text.eos_token_id
     model.generation_config.pad_token_id = text.pad_token_id
     return model

@@ -9,7 +9,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 
 import torch
@@ -20,7 +20,7 @@ from masquant_cli.data.samples import Sample
 from masquant_cli.errors import RecipeError
 from masquant_cli.progress import NullProgress, Progress
 from masquant_cli.recipe import Bench
-from masquant_cli.stages.evaluate import finite_or_fail
+from masquant_cli.stages.evaluate import finite_or_fail, greedy
 
 
 def bench(
@@ -121,32 +121,32 @@ def _check(models: dict, inputs: dict[str, Tensor]) -> dict:
 
 
 def _once(model, inputs: dict[str, Tensor], new_tokens: int) -> tuple[float, float]:
-    """Seconds of one prefill, and of `new_tokens` greedy steps over its KV cache."""
+    """Seconds of one prefill, and of `new_tokens` greedy steps over its KV cache.
+
+    Timed inside generate(), which every user calls: it looks at the logits once after the
+    prompt and once after every step.
+    """
+    from transformers import LogitsProcessorList
+
+    ticks: list[float] = []
+
+    def tick(_ids: Tensor, scores: Tensor) -> Tensor:
+        _wait(model.device)
+        ticks.append(time.perf_counter())
+        return scores
+
     batch = model_inputs(model, inputs)
     gc.collect()  # not in the middle of a measurement
-    output, prefill = _timed(model.device, lambda: model(**batch, use_cache=True))
-    mask, token = batch["attention_mask"], output.logits[:, -1:].argmax(-1)
-
-    def decode() -> None:
-        nonlocal mask, token
-        cache = output.past_key_values
-        for _ in range(new_tokens):
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            step = model(
-                input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True
-            )
-            cache, token = step.past_key_values, step.logits[:, -1:].argmax(-1)
-
-    _, seconds = _timed(model.device, decode)
-    return prefill, seconds
-
-
-def _timed(device: torch.device, work: Callable):
-    _wait(device)
-    start = time.perf_counter()
-    result = work()
-    _wait(device)
-    return result, time.perf_counter() - start
+    with greedy(model, stop=False):
+        _wait(model.device)
+        start = time.perf_counter()
+        model.generate(
+            **batch,
+            do_sample=False,
+            max_new_tokens=new_tokens + 1,
+            logits_processor=LogitsProcessorList([tick]),
+        )
+    return ticks[0] - start, ticks[-1] - ticks[0]
 
 
 def _wait(device: torch.device) -> None:

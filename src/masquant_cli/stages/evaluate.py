@@ -211,7 +211,7 @@ def score(
     progress = progress or NullProgress()
     task = prepared.task
     progress.stage(f"evaluate {task.name}", len(prepared.keys), "samples")
-    with torch.no_grad(), _greedy(model):
+    with torch.no_grad(), greedy(model):
         if task.metric == "perplexity":
             return _perplexity(model, prepared, progress)
         texts = _generate(model, processor, prepared, progress)
@@ -309,9 +309,10 @@ def _generate(model, processor, prepared: Prepared, progress: Progress) -> list[
 
 
 @contextlib.contextmanager
-def _greedy(model):
-    """Nothing of the checkpoint's generation config but the special tokens: a repetition
-    penalty or a temperature of its own would change what is measured."""
+def greedy(model, *, stop: bool = True):
+    """While open, nothing of the checkpoint's generation config but the special tokens counts:
+    a repetition penalty or a temperature of its own would change what is measured. Without
+    `stop` the end token does not end a text."""
     import transformers
 
     saved = getattr(model, "generation_config", None)
@@ -321,6 +322,8 @@ def _greedy(model):
         if kept["pad_token_id"] is None:  # generate() would warn for every batch
             eos = kept["eos_token_id"]
             kept["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+        if not stop:
+            kept["eos_token_id"] = None
         model.generation_config = transformers.GenerationConfig(**kept)
     training = model.training
     model.eval()
