@@ -4,6 +4,12 @@
 set -eu
 python=$1 venv=$2 torch=$3 torch_version=$4
 
+case $torch in auto | cpu | cuda) ;; *)
+    echo "TORCH is auto, cpu or cuda, not '$torch'" >&2
+    exit 1
+    ;;
+esac
+
 torch_in() { # the version of torch that interpreter $1 has, if masquant can use it
     "$1" - <<'PY' 2>/dev/null
 import importlib.metadata, re, sys
@@ -42,7 +48,6 @@ else
         cpu-Linux) pip install --no-deps --no-compile --retries 1 "torch==$torch_version+cpu" \
             --extra-index-url https://download.pytorch.org/whl/cpu ;;
         cpu-* | cuda-*) pip install "torch==$torch_version" ;;
-        *) echo "TORCH is auto, cpu or cuda, not '$torch'" >&2; exit 1 ;;
     esac
     version=$(torch_in "$venv/bin/python")
 fi
