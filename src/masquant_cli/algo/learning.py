@@ -12,6 +12,7 @@ With R_m = Y_m - (X_m / s_m) Q(W s_0).T the correction of modality m is R_m V V.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -19,6 +20,7 @@ from .linear import fake_quant_rows, fake_quant_rows_ste, fake_quant_weight, fak
 from .smoothing import align, closed_form_scale, uniform_absmax
 
 OVERSAMPLE = 4  # extra columns while a subspace is still moving
+OUTPUTS_PER_STEP = 512
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,18 @@ class SiteProblem:
     rank: int
     loss_weights: tuple[float, ...]
 
-    @property
+    @cached_property
     def absmax_w(self) -> torch.Tensor:
         return self.weight.abs().amax(0)
+
+    @cached_property
+    def targets(self) -> tuple[torch.Tensor, ...]:
+        """Float outputs [n, out] of `rows`: what every candidate is measured against."""
+        return tuple(x @ self.weight.T for x in self.rows)
+
+    @cached_property
+    def heldout_targets(self) -> tuple[torch.Tensor, ...]:
+        return tuple(x @ self.weight.T for x in self.heldout)
 
     def quantize(self, weight: torch.Tensor, *, ste: bool = False) -> torch.Tensor:
         quant = fake_quant_weight_ste if ste else fake_quant_weight
@@ -78,17 +89,26 @@ def heldout_error(problem: SiteProblem, scale: torch.Tensor) -> tuple[float, ...
 
 
 def learn_mas(problem: SiteProblem, schedule: Schedule, start: torch.Tensor) -> torch.Tensor:
-    """Eq. 13-14 from `start [M, in]`: own smoothing and own weight per modality -> [M, in]."""
+    """Eq. 13-14 from `start [M, in]`: own smoothing and own weight per modality -> [M, in].
 
-    def loss(logs: torch.Tensor, m: int, x: torch.Tensor) -> torch.Tensor:
-        return _mas_loss(problem, logs[m], x)
+    Output channels are quantized on their own, so every step may look at a random part of them.
+    """
+    generator = torch.Generator().manual_seed(schedule.seed)
+    n_out = problem.weight.shape[0]
+
+    def loss(logs: torch.Tensor, batch: dict[int, torch.Tensor]) -> torch.Tensor:
+        part = torch.randperm(n_out, generator=generator)[:OUTPUTS_PER_STEP]
+        weight = problem.weight[part.to(problem.weight.device)]
+        return sum(
+            _mas_loss(problem, weight, logs[m], problem.rows[m][at]) for m, at in batch.items()
+        )
 
     learned = []
     for m in range(len(start)):  # eq. 13 is a sum of independent terms, so each keeps its best
 
         def judge(logs: torch.Tensor, m: int = m) -> float:
             with torch.no_grad():
-                return float(_mas_loss(problem, logs[m], problem.heldout[m]))
+                return float(_mas_loss(problem, problem.weight, logs[m], problem.heldout[m]))
 
         best, _ = _descend(start, loss, judge, problem, schedule, only=(m,))
         learned.append(best[m])
@@ -101,10 +121,7 @@ def learn_joint(problem: SiteProblem, schedule: Schedule, mas: torch.Tensor) -> 
     Never worse on held-out rows, by `_criterion`, than uniform smoothing, the base's scale for
     everyone, aligned scales or the paper's own choice: those are its starts.
     """
-    scale, error, origin = min(
-        (_best_start(problem, mas, base, name) for name, base in _bases(problem, mas).items()),
-        key=lambda found: _criterion(problem, found[1]),
-    )
+    scale, error, origin = _best_start(problem, mas)
     if schedule.epochs == 0:
         return Learned(scale, error, origin)
     subspaces: list[torch.Tensor | None] = [None] * len(scale)
@@ -120,15 +137,19 @@ def learn_joint(problem: SiteProblem, schedule: Schedule, mas: torch.Tensor) -> 
                 errors.append(e)
             return _criterion(problem, errors)
 
-    def loss(logs: torch.Tensor, m: int, x: torch.Tensor) -> torch.Tensor:
+    def loss(logs: torch.Tensor, batch: dict[int, torch.Tensor]) -> torch.Tensor:
         base = problem.quantize(problem.weight * logs[0].exp(), ste=True)
-        y = x @ problem.weight.T
-        smoothed = x / logs[m].exp()
-        error = y - fake_quant_rows_ste(smoothed, problem.activation_bits) @ base.T
-        v = subspaces[m]
-        if v is not None:
-            error = error - (y - smoothed @ base.T) @ v @ v.T
-        return problem.loss_weights[m] * error.abs().mean() / y.abs().mean().clamp_min(1e-12)
+        total = 0.0
+        for m, at in batch.items():
+            y = problem.targets[m][at]
+            smoothed = problem.rows[m][at] / logs[m].exp()
+            error = y - fake_quant_rows_ste(smoothed, problem.activation_bits) @ base.T
+            v = subspaces[m]
+            if v is not None:
+                error = error - (y - smoothed @ base.T) @ v @ v.T
+            share = problem.loss_weights[m] / y.abs().mean().clamp_min(1e-12)
+            total = total + share * error.abs().mean()
+        return total
 
     best, _ = _descend(scale, loss, judge, problem, schedule)
     found = heldout_error(problem, best)
@@ -137,10 +158,13 @@ def learn_joint(problem: SiteProblem, schedule: Schedule, mas: torch.Tensor) -> 
     return Learned(scale, error, origin)
 
 
-def _mas_loss(problem: SiteProblem, log_scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _mas_loss(
+    problem: SiteProblem, weight: torch.Tensor, log_scale: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    """Eq. 14 over the output channels in `weight`, relative to the mean output."""
     scale = log_scale.exp()
-    own = problem.quantize(problem.weight * scale, ste=True)
-    y = x @ problem.weight.T
+    own = problem.quantize(weight * scale, ste=True)
+    y = x @ weight.T
     error = y - fake_quant_rows_ste(x / scale, problem.activation_bits) @ own.T
     return error.abs().mean() / y.abs().mean().clamp_min(1e-12)
 
@@ -159,16 +183,35 @@ def _bases(problem: SiteProblem, mas: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _best_start(
-    problem: SiteProblem, mas: torch.Tensor, base_scale: torch.Tensor, name: str
+    problem: SiteProblem, mas: torch.Tensor
 ) -> tuple[torch.Tensor, tuple[float, ...], str]:
-    """For one shared scale, the best simple scale of every other modality."""
+    """The best of the simple choices: a shared scale, and a scale for every other modality.
+
+    Shared scales are first compared with few choices each; only the best two see them all.
+    """
+    found = [
+        (*_best_for_base(problem, mas, base, name, few=True), base, name)
+        for name, base in _bases(problem, mas).items()
+    ]
+    found.sort(key=lambda f: _criterion(problem, f[1]))
+    finalists = (
+        _best_for_base(problem, mas, base, name, few=False) for *_, base, name in found[:2]
+    )
+    return min(finalists, key=lambda f: _criterion(problem, f[1]))
+
+
+def _best_for_base(
+    problem: SiteProblem, mas: torch.Tensor, base_scale: torch.Tensor, name: str, *, few: bool
+) -> tuple[torch.Tensor, tuple[float, ...], str]:
     base = problem.quantize(problem.weight * base_scale)
     scales, errors = [base_scale], [_modality_error(problem, 0, base, base_scale)[0]]
     origins = [name]
     for m in range(1, len(mas)):
+        starts = _modality_starts(problem, mas, base_scale, m)
         tried = {
-            label: (_modality_error(problem, m, base, s)[0], s)
-            for label, s in _modality_starts(problem, mas, base_scale, m).items()
+            label: (_modality_error(problem, m, base, scale)[0], scale)
+            for label, scale in starts.items()
+            if not few or label in ("base", "aligned eq. 14")
         }
         label = min(tried, key=lambda key: tried[key][0])
         errors.append(tried[label][0])
@@ -202,14 +245,13 @@ def _modality_error(
     start: torch.Tensor | None = None,
 ) -> tuple[float, torch.Tensor | None]:
     """Held-out relative noise power of modality m, and the subspace V [out, r] it used."""
-    x = problem.heldout[m]
-    y = x @ problem.weight.T
-    smoothed = x / scale
+    y = problem.heldout_targets[m]
+    smoothed = problem.heldout[m] / scale
     error = y - fake_quant_rows(smoothed, problem.activation_bits) @ base.T
     v = None
     if m > 0 and problem.rank > 0:
-        rows = problem.rows[m]
-        v = _top_right(rows @ problem.weight.T - (rows / scale) @ base.T, problem.rank, start)
+        residual = problem.targets[m] - (problem.rows[m] / scale) @ base.T
+        v = _top_right(residual, problem.rank, start)
         error = error - (y - smoothed @ base.T) @ v @ v.T
     return float(error.square().sum() / y.square().sum().clamp_min(1e-30)), v
 
@@ -233,7 +275,7 @@ def _top_right(
 
 def _descend(
     start: torch.Tensor,
-    loss: Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor],
+    loss: Callable[[torch.Tensor, dict[int, torch.Tensor]], torch.Tensor],
     judge: Callable[[torch.Tensor], float],
     problem: SiteProblem,
     schedule: Schedule,
@@ -253,13 +295,12 @@ def _descend(
     for _ in range(schedule.epochs):
         orders = {m: torch.randperm(len(problem.rows[m]), generator=generator) for m in modalities}
         for step in range(steps):
+            at = torch.arange(step * schedule.batch_rows, (step + 1) * schedule.batch_rows)
+            batch = {}
+            for m, order in orders.items():  # a short modality starts over
+                batch[m] = order[at % len(order)].to(start.device)
             optimizer.zero_grad()
-            for m in modalities:
-                order = orders[m]
-                at = torch.arange(step * schedule.batch_rows, (step + 1) * schedule.batch_rows)
-                rows = problem.rows[m]
-                batch = order[at % len(order)].to(rows.device)
-                loss(logs, m, rows[batch]).backward()
+            loss(logs, batch).backward()
             optimizer.step()
             cosine.step()
         value = judge(logs.detach())

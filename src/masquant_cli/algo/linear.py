@@ -8,7 +8,12 @@ scale table `scale [M, in]` and base modality 0, eq. 29 reads
 """
 
 import torch
-from masquant_kernels.quantizers import dequantize_weight, quantize_rows, quantize_weight
+from masquant_kernels.quantizers import (
+    QWeight,
+    dequantize_weight,
+    quantize_rows,
+    quantize_weight,
+)
 
 
 def fake_quant_rows(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -54,19 +59,29 @@ def fake_quant_weight_ste(
 def compensated_linear(
     x: torch.Tensor,
     ids: torch.Tensor,
-    base_weight: torch.Tensor,
+    base: QWeight,
     scale: torch.Tensor,
     activation_bits: int,
     low_rank: dict[int, tuple[torch.Tensor, torch.Tensor]],
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Eq. 29 for a mix of modalities, in floats.
+    """Eq. 29 for a mix of modalities, in fp32.
 
-    x [..., in], ids [...] int64, base_weight [out, in] = Q(W * s_0) dequantized, scale [M, in],
-    low_rank {m: (lr_a [in, r], lr_b [r, out])}. Returns [..., out] in fp32.
+    x [..., in], ids [...] int64, base = quantize_weight(W * s_0), scale [M, in],
+    low_rank {m: (lr_a [in, r], lr_b [r, out])}. Returns [..., out].
+
+    Activations are multiplied by the inverse scale, as they are at run time: a division could
+    round to the other side of a tie and move an integer by one.
     """
-    smoothed = x.float() / scale[ids]
-    y = fake_quant_rows(smoothed, activation_bits) @ base_weight.T
+    smoothed = x.float() * (1 / scale)[ids]
+    if activation_bits >= 16:
+        y = smoothed @ dequantize_weight(base).T
+    else:
+        q, step = quantize_rows(smoothed, activation_bits)
+        if base.zero is None and base.scale.shape[1] == 1:
+            y = (q @ base.q.float().T) * step * base.scale.T  # exact up to 2^24
+        else:
+            y = (q @ dequantize_weight(base).T) * step
     for m, (lr_a, lr_b) in low_rank.items():
         here = ids == m
         y[here] += smoothed[here] @ lr_a.float() @ lr_b.float()

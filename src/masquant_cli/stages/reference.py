@@ -8,8 +8,9 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from masquant_kernels.quantizers import quantize_weight
 
-from ..algo.linear import compensated_linear, fake_quant_weight
+from ..algo.linear import compensated_linear
 from ..models.modality import modality_ids, token_ids_of
 from ..models.sites import Site
 from .load import Job
@@ -53,7 +54,7 @@ def _replace(job: Job, site: Site, scales: dict, low_rank: dict, ids: torch.Tens
     handles, start = [], 0
     for name, out in zip(site.linears, site.out_features, strict=True):
         module = job.loaded.model.get_submodule(name)
-        base = fake_quant_weight(
+        base = quantize_weight(
             module.weight.detach().float() * scale[0],
             options.bits,
             options.group_size,
