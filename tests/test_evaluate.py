@@ -17,14 +17,17 @@ from PIL import Image
 from tiny_quantized import quantized, scheme_of
 
 from masquant_cli.data.inputs import encode, encode_scored, model_inputs
+from masquant_cli.data.text import normalise
 from masquant_cli.errors import CheckError, RecipeError
 from masquant_cli.models.modality import modality_ids
 from masquant_cli.recipe import Bench, Evaluation, Source, Task
 from masquant_cli.runtime import modality_ids as stated
 from masquant_cli.runtime.mas_linear import MasLinear, MasSite
 from masquant_cli.stages import evaluate as stage
+from masquant_cli.stages import prepare as preparing
 from masquant_cli.stages.bench import bench, prompt
 from masquant_cli.stages.fidelity import draw, fidelity
+from masquant_cli.stages.prepare import Waiting, task_samples
 
 MODALITIES = ("text", "vision", "audio")
 
@@ -109,7 +112,7 @@ class Scripted(torch.nn.Module):
     ],
 )
 def test_normalise(text, normal):
-    assert stage.normalise(text) == normal
+    assert normalise(text) == normal
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -117,7 +120,7 @@ def test_accuracy_is_exact_match_after_normalising(data, processor, batch_size):
     answers = {f"number {i}": f"ANSWER  {i}!" for i in range(8)}
     answers |= {"number 8": "answer", "number 9": "answer nine"}
     prepared = prepare(task(data), processor, batch_size)
-    assert len(prepared.batches) == math.ceil(10 / batch_size)
+    assert len(prepared.parts) == math.ceil(10 / batch_size)
     model = Scripted(processor, answers)
     result = stage.score(model, processor, prepared, predictions=True)
     assert (result["metric"], result["value"], result["n"]) == ("accuracy", 80.0, 10)
@@ -145,7 +148,7 @@ def test_generation_matches_a_loop_without_cache_or_padding(data, processor, mod
     for parts in (("q",), ("image", "q"), ("q", "audio"), ("image", "audio", "q")):
         wanted = task(data, parts=parts, max_new_tokens=5, samples=6)
         result = stage.score(model, processor, prepare(wanted, processor), predictions=True)
-        samples = stage.task_samples(wanted, modalities=MODALITIES, seed=0)
+        samples = task_samples(wanted, modalities=MODALITIES, seed=0)
         for sample, row in zip(samples, result["predictions"], strict=True):
             batch, said = model_inputs(model, encode(processor, [sample], for_generation=True)), []
             while len(said) < 5 and (not said or said[-1] != processor.tokenizer.eos_token_id):
@@ -173,7 +176,7 @@ def test_perplexity_is_over_the_answers_tokens(data, processor, model):
     wanted = task(data, "perplexity", parts=("image", "q"), samples=5)
     result = stage.score(model, processor, prepare(wanted, processor, batch_size=2))
     nats = []
-    for sample in stage.task_samples(wanted, modalities=MODALITIES, seed=0):
+    for sample in task_samples(wanted, modalities=MODALITIES, seed=0):
         batch = encode(processor, [sample], for_generation=False)
         tail = processor.tokenizer(f"{sample.row['a']}<|im_end|>")["input_ids"]
         ids = batch["input_ids"][0]
@@ -223,11 +226,24 @@ def test_evaluate_reuses_prepared_tasks(data, processor, model, monkeypatch):
     words = {"modalities": MODALITIES, "seed": 0}
     prepared = stage.prepare_all(settings, processor, **words)
     first = stage.evaluate(model, processor, settings, **words)
-    monkeypatch.setattr(stage, "load_samples", None)
+    monkeypatch.setattr(preparing, "load_samples", None)
     again = stage.evaluate(model, processor, settings, **words, prepared=prepared)
     assert again == first
     assert list(first) == ["tasks"]
     assert {name: r["n"] for name, r in first["tasks"].items()} == {"one": 3, "two": 2}
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
+def test_tasks_larger_than_memory_score_the_same(data, processor, model, metric):
+    wanted = task(data, metric, parts=("image", "audio", "q"))
+    words = {"modalities": MODALITIES, "seed": 0, "batch_size": 4}
+    small = preparing.prepare(wanted, processor, **words, keep_bytes=20_000)
+    waiting = [part for part in small.parts if isinstance(part, Waiting)]
+    assert 0 < len(waiting) < len(small.parts)
+    assert not any(sample.messages for part in waiting for sample in part.samples)
+    whole = preparing.prepare(wanted, processor, **words)
+    scores = [stage.score(model, processor, made) for made in (small, whole)]
+    assert scores[0] == scores[1]
 
 
 # --- fidelity
@@ -371,7 +387,7 @@ def test_fidelity_draws_from_the_tasks_in_turn(data):
 def test_bench_reports_both_models(data, processor, model, small):
     settings = Bench(prompt_tokens=40, new_tokens=2, batch_size=2, repeats=3)
     wanted = task(data, parts=("image", "audio", "q"), samples=1)
-    (sample,) = stage.task_samples(wanted, modalities=MODALITIES, seed=0)
+    (sample,) = task_samples(wanted, modalities=MODALITIES, seed=0)
     result = bench(model, small, processor, settings, sample=sample)
     for phase in ("prefill", "decode"):
         part = result[phase]
@@ -392,7 +408,7 @@ def test_bench_reports_both_models(data, processor, model, small):
 
 def test_bench_prompt_is_as_long_as_asked_and_ends_in_the_sample(data, processor):
     wanted = task(data, parts=("image", "q"), samples=1)
-    (sample,) = stage.task_samples(wanted, modalities=MODALITIES, seed=0)
+    (sample,) = task_samples(wanted, modalities=MODALITIES, seed=0)
     alone = encode(processor, [sample], for_generation=True)["input_ids"][0]
     batch = prompt(processor, Bench(prompt_tokens=100, batch_size=3), sample=sample)
     assert batch["input_ids"].shape == (3, 100)

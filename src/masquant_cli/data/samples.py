@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from masquant_cli.data import chat, sources
@@ -52,6 +52,20 @@ def load_samples(
                 raise missing_column(column, row, at)
         messages = chat.to_messages(source.messages, row, base, at)
         yield Sample(messages=messages, row=row, key=content_key(messages), where=at)
+
+
+def lighten(sample: Sample) -> Sample:
+    """The sample without its decoded messages; `restore` brings them back from the row."""
+    return replace(sample, messages=[])
+
+
+def restore(sample: Sample, source: Source) -> Sample:
+    """Undo `lighten`; a sample that has its messages is returned as it is."""
+    if sample.messages:
+        return sample
+    base = sources.base_folder(source)
+    messages = chat.to_messages(source.messages, sample.row, base, sample.where)
+    return replace(sample, messages=messages)
 
 
 def content_key(messages: list[dict]) -> str:

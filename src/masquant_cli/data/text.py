@@ -1,11 +1,12 @@
-"""Text templates over dataset columns: "Q: {question}". Doubled braces are literal.
+"""Text templates over dataset columns, "Q: {question}", and how answers are compared.
 
-Deliberately less than `str.format`: a column name and nothing else, so that data can never
-reach attributes and a typo is an error instead of a surprise.
+Templates are deliberately less than `str.format`: a column name and nothing else, so that data
+can never reach attributes and a typo is an error instead of a surprise.
 """
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -69,6 +70,21 @@ def missing_column(name: str, columns: Iterable[str], where: str) -> RecipeError
     return RecipeError(f"there is no column {name!r}", where=where, hint=hint)
 
 
+def normalise(text: str) -> str:
+    """Lower case, NFKC, apostrophes dropped, other punctuation and white space collapsed to one
+    space. Signs and points of numbers stay: "-5" is not "5", "3.5" is not "35".
+
+    A text of nothing but punctuation is kept as it is.
+    """
+    text = unicodedata.normalize("NFKC", text).lower().strip()
+    bare = re.sub(r"['’`]", "", text)
+    kept = [
+        " " if unicodedata.category(c).startswith("P") and not _in_number(bare, i) else c
+        for i, c in enumerate(bare)
+    ]
+    return " ".join("".join(kept).split()) or text
+
+
 def _as_text(name: str, row: Mapping[str, Any], where: str) -> str:
     if name not in row:
         raise missing_column(name, row, where)
@@ -88,3 +104,10 @@ def _as_text(name: str, row: Mapping[str, Any], where: str) -> str:
         where=where,
         hint="only text, numbers and lists of them can stand in a text template",
     )
+
+
+def _in_number(text: str, i: int) -> bool:
+    before, after = text[i - 1 : i] if i else "", text[i + 1 : i + 2]
+    if text[i] in ".,":
+        return before.isdigit() and after.isdigit()
+    return text[i] == "-" and after.isdigit() and not before.isalnum()

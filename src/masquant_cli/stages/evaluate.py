@@ -6,46 +6,20 @@ then pays for the media only once.
 
 import contextlib
 import math
-import re
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from masquant_cli.algo import metrics
-from masquant_cli.data.inputs import (
-    encode,
-    encode_scored,
-    model_inputs,
-    tokenizer_of,
-)
-from masquant_cli.data.samples import Sample, load_samples
-from masquant_cli.data.text import fill
+from masquant_cli.data.inputs import model_inputs, tokenizer_of
+from masquant_cli.data.text import normalise
 from masquant_cli.errors import CheckError, RecipeError
 from masquant_cli.progress import NullProgress, Progress
-from masquant_cli.recipe import Evaluation, Modality, Task
+from masquant_cli.recipe import Evaluation, Modality
+from masquant_cli.stages.prepare import Prepared, batches, prepare, prepare_all
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Model inputs of some samples, left-padded."""
-
-    inputs: dict[str, Tensor]
-    order: tuple[int, ...]  # positions of the rows in the task's own order
-    scored: Tensor | None = None  # bool [B, S], perplexity only
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A task whose samples are loaded, encoded and sorted by length."""
-
-    task: Task
-    batches: tuple[Batch, ...]
-    references: tuple[str, ...]  # in the task's own order; empty for perplexity
-    keys: tuple[str, ...]  # content hashes, in the task's own order
-    seed: int
+__all__ = ["Prepared", "evaluate", "prepare", "prepare_all", "score"]
 
 
 def evaluate(
@@ -69,10 +43,9 @@ def evaluate(
     CheckError for a model whose logits are not finite.
     """
     progress = progress or NullProgress()
-    if prepared is None:
-        prepared = prepare_all(
-            evaluation, processor, modalities=modalities, seed=seed, progress=progress
-        )
+    if prepared is None:  # one task at a time, so that only one is in memory
+        words = {"modalities": modalities, "seed": seed, "batch_size": evaluation.batch_size}
+        prepared = (prepare(task, processor, **words) for task in evaluation.tasks)
     tasks = {
         item.task.name: score(model, processor, item, progress=progress, predictions=predictions)
         for item in prepared
@@ -91,106 +64,6 @@ def evaluate(
             progress=progress,
         )
     return result
-
-
-def prepare_all(
-    evaluation: Evaluation,
-    processor,
-    *,
-    modalities: tuple[Modality, ...],
-    seed: int,
-    progress: Progress | None = None,
-) -> list[Prepared]:
-    """Every task of the evaluation, ready for `score`."""
-    progress = progress or NullProgress()
-    progress.stage("prepare evaluation", len(evaluation.tasks), "tasks")
-    prepared = []
-    for task in evaluation.tasks:
-        item = prepare(
-            task,
-            processor,
-            modalities=modalities,
-            seed=seed,
-            batch_size=evaluation.batch_size,
-        )
-        prepared.append(item)
-        progress.advance(1)
-    return prepared
-
-
-def prepare(
-    task: Task,
-    processor,
-    *,
-    modalities: tuple[Modality, ...],
-    seed: int,
-    batch_size: int,
-) -> Prepared:
-    """Load and encode a task's samples, in batches of similar length. Raises RecipeError."""
-    samples = task_samples(task, modalities=modalities, seed=seed)
-    references = []
-    if task.metric != "perplexity":
-        references = [reference(task, sample) for sample in samples]
-    # Sorted by text and media size, as batches of like lengths waste little on padding; the
-    # token count itself is only known after the processor.
-    order = sorted(range(len(samples)), key=lambda i: (_size(samples[i]), i))
-    batches = []
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        chosen = [samples[i] for i in rows]
-        if task.metric == "perplexity":
-            inputs, scored = encode_scored(processor, chosen)
-            batches.append(Batch(inputs, tuple(rows), scored))
-        else:
-            batches.append(Batch(encode(processor, chosen, for_generation=True), tuple(rows)))
-    return Prepared(task, tuple(batches), tuple(references), tuple(s.key for s in samples), seed)
-
-
-def task_samples(
-    task: Task, *, modalities: tuple[Modality, ...], seed: int, limit: int | None = None
-) -> list[Sample]:
-    """The task's first samples in seeded order: `task.samples` of them, or `limit` if less."""
-    wanted = min(x for x in (task.samples, limit, math.inf) if x is not None)
-    samples: list[Sample] = []
-    for sample in load_samples(task.source, seed=seed, modalities=modalities):
-        samples.append(sample)
-        if len(samples) >= wanted:
-            break
-    return samples
-
-
-def reference(task: Task, sample: Sample) -> str:
-    """The expected answer. Raises RecipeError when nothing of it survives normalisation."""
-    text = fill(task.answer, sample.row, sample.where)
-    if not normalise(text):
-        raise RecipeError(
-            f"task {task.name!r}: the expected answer is empty",
-            where=sample.where,
-            hint="check the task's `answer` template, or leave such rows out with `where`",
-        )
-    return text.strip()
-
-
-def normalise(text: str) -> str:
-    """Lower case, NFKC, apostrophes dropped, other punctuation and white space collapsed to one
-    space. Signs and points of numbers stay: "-5" is not "5", "3.5" is not "35".
-
-    A text of nothing but punctuation is kept as it is.
-    """
-    text = unicodedata.normalize("NFKC", text).lower().strip()
-    bare = re.sub(r"['’`]", "", text)
-    kept = [
-        " " if unicodedata.category(c).startswith("P") and not _in_number(bare, i) else c
-        for i, c in enumerate(bare)
-    ]
-    return " ".join("".join(kept).split()) or text
-
-
-def _in_number(text: str, i: int) -> bool:
-    before, after = text[i - 1 : i] if i else "", text[i + 1 : i + 2]
-    if text[i] in ".,":
-        return before.isdigit() and after.isdigit()
-    return text[i] == "-" and after.isdigit() and not before.isalnum()
 
 
 def score(
@@ -213,7 +86,7 @@ def score(
     progress.stage(f"evaluate {task.name}", len(prepared.keys), "samples")
     with torch.no_grad(), greedy(model):
         if task.metric == "perplexity":
-            return _perplexity(model, prepared, progress)
+            return _perplexity(model, processor, prepared, progress)
         texts = _generate(model, processor, prepared, progress)
     got = [normalise(text) for text in texts]
     wanted = [normalise(text) for text in prepared.references]
@@ -254,9 +127,9 @@ def _wer(got: list[str], wanted: list[str], prepared: Prepared) -> dict:
     return _result(value, len(wanted), 100 * low, 100 * high, "bootstrap")
 
 
-def _perplexity(model, prepared: Prepared, progress: Progress) -> dict:
+def _perplexity(model, processor, prepared: Prepared, progress: Progress) -> dict:
     nats, counts = torch.zeros(len(prepared.keys)), torch.zeros(len(prepared.keys))
-    for batch in prepared.batches:
+    for batch in batches(prepared, processor):
         inputs = model_inputs(model, batch.inputs)
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         scored = batch.scored[:, 1:].to(logits.device)
@@ -291,7 +164,7 @@ def _generate(model, processor, prepared: Prepared, progress: Progress) -> list[
         return scores
 
     processors = transformers.LogitsProcessorList([watch])
-    for batch in prepared.batches:
+    for batch in batches(prepared, processor):
         inputs = model_inputs(model, batch.inputs)
         tokens = model.generate(
             **inputs,
@@ -337,12 +210,3 @@ def greedy(model, *, stop: bool = True):
 
 def _result(value: float, n: int, low: float, high: float, method: str) -> dict:
     return {"value": value, "n": n, "ci": [low, high], "ci_method": method}
-
-
-def _size(sample: Sample) -> int:
-    """A cheap stand-in for the token count, which only the processor knows."""
-    waves = sum(len(wave) for wave in sample.media("audio"))
-    images = [*sample.media("image"), *(f for video in sample.media("video") for f in video)]
-    pixels = sum(image.size[0] * image.size[1] for image in images)
-    texts = sum(len(p["text"]) for m in sample.messages for p in m["content"] if "text" in p)
-    return waves // 640 + pixels // 784 + texts // 4
