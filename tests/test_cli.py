@@ -53,7 +53,7 @@ def pipeline(monkeypatch, tmp_path):
         calls.append(("eval", recipe, run_dir, model, against))
         return {
             "tasks": {
-                t.name: {"metric": t.metric, "value": 0.97, "n": 9, "ci": [0.9, 1.0]}
+                t.name: {"metric": t.metric, "value": 97.0, "n": 9, "ci": [90.0, 100.0]}
                 for t in recipe.evaluation.tasks
             },
             "sqnr_db": {"text": float("inf"), "vision": 20.5},
@@ -62,7 +62,11 @@ def pipeline(monkeypatch, tmp_path):
         }
 
     def bench(recipe, run_dir, *, model, against, progress):
-        return {"prefill": {"float_ms": 10.0, "quantized_ms": 4.0}, "threads": 2}
+        speeds = {"float": {"tokens_per_second": 5e3}, "quantized": {"tokens_per_second": 1e4}}
+        return {
+            "prefill": {**speeds, "speedup": 2.0}, "threads": 2, "verdict": ["prefill: faster"],
+            "weight_bytes": {"float": 4_000_000, "quantized": 1_000_000, "ratio": 0.25},
+        }  # fmt: skip
 
     fake = SimpleNamespace(run=run, plan=plan, evaluate=evaluate, bench=bench, calls=calls)
     monkeypatch.setitem(sys.modules, "masquant_cli.pipeline", fake)
@@ -151,7 +155,7 @@ def test_eval_narrows_tasks_and_samples(pipeline, capsys, tmp_path):
     assert recipe.evaluation.fidelity_samples == 7
     document = json.loads(out)
     assert document["tasks"]["sum"] == {
-        "metric": "accuracy", "value": 0.97, "n": 9, "ci": [0.9, 1.0],
+        "metric": "accuracy", "value": 97.0, "n": 9, "ci": [90.0, 100.0],
     }  # fmt: skip
     # JSON has no infinity and no NaN
     assert document["sqnr_db"] == {"text": None, "vision": 20.5}
@@ -171,7 +175,9 @@ def test_eval_refuses_an_unknown_task(pipeline, capsys):
 
 def test_bench_table_and_json(pipeline, capsys):
     assert json.loads(call(capsys, "bench", "-c", "tiny-omni-w4a8", "--json")[1])["threads"] == 2
-    assert "quantized_ms" in call(capsys, "bench", "-c", "tiny-omni-w4a8")[1]
+    out = call(capsys, "bench", "-c", "tiny-omni-w4a8")[1]
+    for cell in ("5,000 tokens/s", "2.00x", "1 MB", "0.250x", "threads: 2", "prefill: faster"):
+        assert cell in out
 
 
 def test_demo_table(monkeypatch, capsys):
@@ -179,8 +185,8 @@ def test_demo_table(monkeypatch, capsys):
         assert (run_root, samples) == (Path("runs/demo"), 5)
         return {
             "rows": [
-                {"method": "float", "tasks": {"sum": 0.95, "transcription": 0.02}},
-                {"method": "masquant", "bits": "W4A8", "tasks": {"sum": 0.94},
+                {"method": "float", "tasks": {"sum": 95.0, "transcription": 2.0}},
+                {"method": "masquant", "bits": "W4A8", "tasks": {"sum": 94.0},
                  "sqnr_db": {"vision": 21.26}, "bytes": 1_500_000},
             ],
             "metrics": {"transcription": "wer"}, "export_dir": "runs/demo/x", "load": "import x",

@@ -3,6 +3,7 @@
 Nothing heavy is imported up here, so that --help answers at once.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -263,6 +264,8 @@ def _do(work: Callable[[Any], dict[str, Any]], shape: str, json: bool, quiet: bo
     """Run `work` with progress on stderr, then print what it returns: JSON or a table."""
     from masquant_cli.cli import console, render
 
+    if quiet or not sys.stderr.isatty():  # libraries' bars too are for terminals only
+        os.environ.setdefault("TQDM_DISABLE", "1")
     with render.stdout_reserved(), console.progress(quiet) as progress:
         document = work(progress)
     render.output(document, json, render.TABLES[shape])

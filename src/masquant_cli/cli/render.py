@@ -107,15 +107,26 @@ def evaluation(document: dict[str, Any]) -> None:
 
 
 def benchmark(document: dict[str, Any]) -> None:
-    """Every top-level mapping of numbers is a row, everything else a line of its own."""
-    rows = {k: v for k, v in document.items() if isinstance(v, Mapping)}
-    columns = list(dict.fromkeys(c for v in rows.values() for c in v))
-    cells = [(name, *(_cell(v.get(c)) for c in columns)) for name, v in rows.items()]
-    if rows:
-        _table(("", *columns), cells, right=tuple(range(1, len(columns) + 1)))
+    """Every measurement is a row, with float beside quantized; the conditions follow."""
+    rows = []
+    for name in ("prefill", "decode"):
+        if name in document:
+            timed = document[name]
+            speed = [
+                f"{number(timed[which]['tokens_per_second'], ',.0f')} tokens/s"
+                for which in ("float", "quantized")
+            ]
+            rows.append((name, *speed, f"{number(timed['speedup'], '.2f')}x as fast"))
+    if "weight_bytes" in document:
+        took = document["weight_bytes"]
+        sizes = [size(took[which]) for which in ("float", "quantized")]
+        rows.append(("quantized linears", *sizes, f"{number(took['ratio'], '.3f')}x the bytes"))
+    _table(("", "float", "quantized", ""), rows, right=(1, 2, 3))
     for key, value in document.items():
-        if key not in rows:
-            print(f"{key}: {_cell(value)}")
+        if not isinstance(value, Mapping | list):
+            print(f"{key.replace('_', ' ')}: {_cell(value)}")
+    for line in document.get("verdict", ()):
+        print(line)
 
 
 def comparison(document: dict[str, Any]) -> None:
@@ -159,7 +170,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 def score(metric: str, value: float | None) -> str:
-    return number(value, ".1%" if metric in PERCENT else ".3f")
+    if value is None:
+        return ""
+    return f"{value:.1f}%" if metric in PERCENT else f"{value:.3f}"
 
 
 def interval(task: Mapping[str, Any]) -> str:
