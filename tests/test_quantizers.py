@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-
 from masquant_kernels import (
     QWeight,
     dequantize_weight,

@@ -21,13 +21,12 @@ def __getattr__(name: str):
 
 @wrapt.when_imported("transformers.quantizers.auto")
 def _register_quantizer(_module) -> None:
-    from masquant_cli.runtime import hf
-
-    hf.register()
+    import masquant_cli.runtime.hf  # noqa: F401  (registers itself)
 
 
 @wrapt.when_imported("transformers.models.auto.processing_auto")
 def _register_processor(_module) -> None:
     from masquant_cli.models import omni_processor
 
-    omni_processor.register()
+    # Absent while omni_processor itself is what imports Transformers; it registers at its end.
+    getattr(omni_processor, "register", lambda: None)()

@@ -38,7 +38,17 @@ class MasquantOmniProcessor(Qwen2_5OmniProcessor):
         return list(dict.fromkeys([*names, "feature_attention_mask"]))
 
 
+class _Key(Qwen2_5OmniThinkerConfig):
+    """Some releases ignore registrations for a config class of their own; this one is ours."""
+
+
 def register() -> None:
     """Make AutoProcessor resolve folders saved with MasquantOmniProcessor; safe to repeat."""
-    if processor_class_from_name(MasquantOmniProcessor.__name__) is None:
-        AutoProcessor.register(Qwen2_5OmniThinkerConfig, MasquantOmniProcessor, exist_ok=True)
+    for key in (Qwen2_5OmniThinkerConfig, _Key):
+        if processor_class_from_name(MasquantOmniProcessor.__name__) is None:
+            AutoProcessor.register(key, MasquantOmniProcessor, exist_ok=True)
+
+
+# Importing this file may be what imports Transformers, whose import then asks for register()
+# before it is defined; registering here covers that order.
+register()

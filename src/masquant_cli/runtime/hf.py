@@ -1,6 +1,7 @@
 """Transformers integration: `from_pretrained` and `save_pretrained` for masquant checkpoints.
 
-`register()` runs by itself once both masquant_cli and transformers are imported.
+Importing this module registers it; `import masquant_cli` arranges for that to happen as soon as
+Transformers is imported too.
 """
 
 import json
@@ -77,13 +78,6 @@ class MasquantHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return False
-
-
-def register() -> None:
-    """Tell Transformers about quant_method "masquant"; safe to repeat."""
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(MasquantConfig)
-        register_quantizer(QUANT_METHOD)(MasquantHfQuantizer)
 
 
 def check_files(model, files: list[Path]) -> None:
@@ -190,3 +184,9 @@ def _read_config(path, kwargs: dict) -> dict:
     except OSError as error:
         first = str(error).splitlines()[0]
         raise ArtifactError(f"no such checkpoint: {first}", where=str(path)) from None
+
+
+# At the end: while this module is being imported, importing Transformers asks for it again.
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(QUANT_METHOD)(MasquantConfig)
+    register_quantizer(QUANT_METHOD)(MasquantHfQuantizer)

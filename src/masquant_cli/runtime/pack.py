@@ -108,6 +108,9 @@ def install(
     missing, left over, or of another shape or dtype; the model is then unchanged.
     """
     sites = [s for layer in find_sites(model) for s in layer.sites if s.kind in scheme.sites]
+    for site in sites:
+        if hasattr(model.get_submodule(site.module_prefix), site.kind):
+            raise RecipeError("the model is quantized already", where=site.module)
     device = model.get_submodule(sites[0].linears[0]).weight.device
     if tensors is None and device.type != "meta":
         raise ValueError("a model with real weights needs the tensors of its quantized modules")
@@ -139,8 +142,6 @@ def install(
 
 
 def _build(model: nn.Module, site: Site, scheme: Scheme, new: dict) -> None:
-    if hasattr(model.get_submodule(site.module_prefix), site.kind):
-        raise RecipeError("the model is quantized already", where=site.module)
     rank, width = scheme.rank(site.kind), site.in_features
     linears = [model.get_submodule(name) for name in site.linears]
     shared = MasSite(width, len(linears), rank, scheme, linears[0].weight.device)

@@ -1,0 +1,78 @@
+"""Quantized tiny models with made-up scales and factors, in memory and on disk."""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from masquant_cli.models.modality import merge_video, token_ids_of
+from masquant_cli.models.names import disk_names, new_disk_names
+from masquant_cli.models.sites import find_sites
+from masquant_cli.runtime.pack import export_tensors, install
+from masquant_cli.runtime.scheme import KINDS, Scheme, with_quantization
+
+
+def scheme_of(model, rank: int = 5, **fields) -> Scheme:
+    known = token_ids_of(model.config)
+    modalities = tuple(m for m in ("text", "vision", "audio") if m == "text" or m in known)
+    return Scheme(
+        modalities=modalities,
+        token_ids=merge_video(known, modalities),
+        ranks=dict.fromkeys(KINDS, rank) if rank and len(modalities) > 1 else {},
+        **fields,
+    )
+
+
+def solved_site(site, scheme: Scheme, seed: int = 0):
+    """(scale, low rank): scales within a factor 4 of each other, factors of visible size."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 4 ** torch.rand(len(scheme.modalities), site.in_features, generator=generator)
+    rank, outs = scheme.rank(site.kind), sum(site.out_features)
+    low_rank = {
+        m: (
+            0.1 * torch.randn(site.in_features, rank, generator=generator).half(),
+            0.1 * torch.randn(rank, outs, generator=generator).half(),
+        )
+        for m in (scheme.modalities[1:] if rank else ())
+    }
+    return scale, low_rank
+
+
+def site_tensors(model, scheme: Scheme) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for layer in find_sites(model):
+        for site in layer.sites:
+            if site.kind in scheme.sites:
+                weights = [model.get_submodule(name).weight for name in site.linears]
+                solved = solved_site(site, scheme, seed=layer.layer)
+                tensors |= export_tensors(site, weights, *solved, scheme)
+    return tensors
+
+
+def quantized(model, scheme: Scheme):
+    """A quantized copy of a float model."""
+    tensors = site_tensors(model, scheme)
+    model = copy.deepcopy(model)
+    install(model, scheme, tensors)
+    return model
+
+
+def export(model, scheme: Scheme, folder: Path, prefix: str = "", outer: dict | None = None):
+    """Write an export of a float model. `prefix` and `outer` imitate a full Omni checkpoint."""
+    model.save_pretrained(folder)
+    file, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    disk = {prefix + key: value for key, value in load_file(file).items()}
+    known = disk_names(model, disk)
+    tensors = site_tensors(model, scheme)
+    new = new_disk_names(tensors, known)
+    for key in tensors:
+        if key.endswith(".weight_packed"):
+            del disk[known[key.removesuffix("_packed")]]
+    save_file(disk | {new[k]: v for k, v in tensors.items()}, file, metadata={"format": "pt"})
+    if outer is not None:
+        config = {**outer, "thinker_config": config}
+    config = with_quantization(config, scheme, "thinker_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
