@@ -38,11 +38,9 @@ def resolve(spec: recipes.Model) -> Path:
 
 
 def _download(spec: recipes.Model) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -61,7 +59,7 @@ def _download(spec: recipes.Model) -> Path:
             f"the hub has no {spec.path} at revision {spec.revision or 'main'}",
             where="model.path", hint="check the id; a private model needs `hf auth login`",
         ) from error  # fmt: skip
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, OSError) as error:  # the hub's network errors are OSErrors
         raise EnvironmentProblem(
             f"the hub cannot be reached and {spec.path} is not in the local cache",
             where="model.path",

@@ -1,0 +1,118 @@
+"""The closed form of CMC against the paper's literal equations and against competitors."""
+
+import pytest
+import torch
+
+from masquant_cli.algo import low_rank
+from masquant_cli.algo.low_rank import best_low_rank, effective_rank, rank_for, refine
+
+
+def problem(n_in: int, n_out: int, tokens: int, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    spread = torch.exp(torch.randn(n_in, generator=g))
+    x = torch.randn(tokens, n_in, generator=g) @ torch.randn(n_in, n_in, generator=g) * spread
+    delta = torch.randn(n_out, n_in, generator=g) * 0.1
+    return x, delta
+
+
+def residual(x, delta, lr) -> float:
+    rest = x.double() @ (delta.double().T - lr.lr_a.double() @ lr.lr_b.double())
+    return float(rest.norm() / (x.double() @ delta.double().T).norm())
+
+
+def literal_eq_23_to_25(x, delta, rank):
+    """T = (P sqrt(Lambda)).T, SVD(T W), L1 = T^-1 U, L2 = S V.T; W is delta.T here."""
+    gram = x.double().T @ x.double()
+    values, p = torch.linalg.eigh(gram)
+    t = (p * values.sqrt()).T
+    u, s, vh = torch.linalg.svd(t @ delta.double().T, full_matrices=False)
+    return torch.linalg.inv(t) @ u[:, :rank], s[:rank, None] * vh[:rank]
+
+
+@pytest.mark.parametrize("n_in, n_out", [(24, 40), (40, 24), (33, 33)])
+@pytest.mark.parametrize("by", ["gram", "rows"])
+def test_equals_the_literal_equations(n_in, n_out, by):
+    x, delta = problem(n_in, n_out, tokens=400)
+    given = {"gram": x.T @ x} if by == "gram" else {"rows": x}
+    found = best_low_rank(delta, 5, **given)
+    l1, l2 = literal_eq_23_to_25(x, delta, 5)
+    difference = x.double() @ (found.lr_a.double() @ found.lr_b.double() - l1 @ l2)
+    assert float(difference.norm() / (x.double() @ l1 @ l2).norm()) < 1e-4
+
+
+def test_is_right_with_fewer_tokens_than_channels_where_the_literal_form_cannot_be():
+    x, delta = problem(64, 48, tokens=10)
+    found = best_low_rank(delta, 10, rows=x)
+    assert residual(x, delta, found) < 1e-5  # ten tokens span ten directions
+    assert torch.isfinite(found.lr_a).all()
+
+
+def test_theorem_2_no_competitor_is_better():
+    x, delta = problem(30, 26, tokens=300)
+    found = best_low_rank(delta, 4, gram=x.T @ x)
+    best = residual(x, delta, found)
+    g = torch.Generator().manual_seed(1)
+    for step in (0.003, 0.03, 0.3):
+        for _ in range(30):
+            noise = torch.linalg.qr(found.lr_b.T + step * torch.randn(26, 4, generator=g)).Q
+            other = low_rank.LowRank(delta.T @ noise, noise.T, found.singular_values, 1.0)
+            assert residual(x, delta, other) >= best - 1e-6
+    plain = low_rank.unwhitened_low_rank(delta, 4)
+    assert residual(x, delta, plain) > best * 1.05
+
+
+def test_residual_and_factors_are_as_documented():
+    x, delta = problem(31, 19, tokens=200)
+    found = best_low_rank(delta, 3, gram=x.T @ x)
+    assert found.lr_a.shape == (31, 3) and found.lr_b.shape == (3, 19)
+    assert torch.allclose(found.lr_b @ found.lr_b.T, torch.eye(3), atol=1e-5)
+    assert found.residual**0.5 == pytest.approx(residual(x, delta, found), rel=1e-3)
+    expected = torch.linalg.svdvals(x.double() @ delta.double().T)[:3]
+    assert torch.allclose(found.singular_values[:3].double(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("by", ["gram", "rows"])
+def test_subspace_iteration_is_within_a_tenth_of_a_percent(by, monkeypatch):
+    x, delta = problem(120, 90, tokens=600)
+    given = {"gram": x.T @ x} if by == "gram" else {"rows": x}
+    exact = residual(x, delta, best_low_rank(delta, 8, **given))
+    monkeypatch.setattr(low_rank, "EXACT_SIDE", 1)
+    found = best_low_rank(delta, 8, **given)
+    assert residual(x, delta, found) <= exact * 1.001
+    # The reported energy counts the whole residual, not only the part that was iterated on.
+    assert found.residual**0.5 == pytest.approx(exact, rel=2e-3)
+
+
+def test_a_warm_step_improves_a_stale_subspace():
+    x, delta = problem(40, 32, tokens=300)
+    v = torch.linalg.qr(torch.randn(32, 4, generator=torch.Generator().manual_seed(2))).Q
+
+    def left(v):
+        image = x @ delta.T
+        return float((image - image @ v @ v.T).norm())
+
+    assert left(refine(v, delta, x)) < left(v)
+
+
+def test_rank_is_a_rounded_down_ratio_or_absolute_and_never_too_wide():
+    assert rank_for(0.05, 256, 512) == 12
+    assert rank_for(0.0, 256, 512) == 0
+    assert rank_for(7, 256, 512) == 7
+    assert rank_for(400, 256, 512) == 256
+
+
+def test_effective_rank_of_known_spectra():
+    assert effective_rank(torch.ones(6)) == pytest.approx(6)
+    assert effective_rank(torch.tensor([5.0, 0, 0])) == pytest.approx(1)
+    assert effective_rank(torch.zeros(3)) == 0
+
+
+def test_exactly_one_of_gram_and_rows():
+    with pytest.raises(ValueError, match="exactly one"):
+        best_low_rank(torch.ones(3, 4), 1)
+
+
+def test_zero_residual_gives_zero_correction():
+    x, _ = problem(12, 9, tokens=50)
+    found = best_low_rank(torch.zeros(9, 12), 2, gram=x.T @ x)
+    assert torch.equal(found.lr_a, torch.zeros(12, 2)) and found.residual == 0

@@ -1,0 +1,344 @@
+"""The whole line on the embedded model: results, resuming, staleness, and what must be refused."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import Interrupting, small
+from safetensors.torch import load_file, save_file
+
+from masquant_cli import load_quantized, pipeline, shards
+from masquant_cli.errors import ArtifactError, CheckError, EnvironmentProblem, RecipeError
+from masquant_cli.models.modality import modality_ids, token_ids_of
+from masquant_cli.rundir import STAGES, RunDir
+from masquant_cli.runtime.context import modality_ids as force_ids
+from masquant_cli.stages.load import Job
+
+NO_VERIFY = "export.verify=false"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished, verified run."""
+    run_dir = tmp_path_factory.mktemp("finished")
+    summary = pipeline.run(small(), run_dir)
+    assert summary["export_dir"] == str(run_dir / "export" / "model")
+    return run_dir
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """The finished run, free to be damaged."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def weights_hash(run_dir: Path) -> str:
+    return hashlib.sha256((run_dir / "export/model/model.safetensors").read_bytes()).hexdigest()
+
+
+def states(recipe, run_dir, **kw) -> dict[str, str]:
+    return {s.stage: s.state for s in pipeline.plan(recipe, run_dir, **kw)}
+
+
+def test_reloaded_logits_match_the_reference_for_every_modality(finished):
+    found = json.loads((finished / "export/manifest.json").read_text())["summary"]["verified"]
+    assert set(found) == {"text", "vision", "audio", "vision+audio"}
+    assert all(error < 1e-5 for error in found.values())
+
+
+def test_bytes_are_those_promised(finished, tmp_path):
+    sizes = json.loads((finished / "export/manifest.json").read_text())["summary"]["bytes"]
+    assert sizes["quantized"] <= 0.40 * sizes["float"]
+    bare = small("compensation.rank=0", NO_VERIFY)
+    done = pipeline.run(bare, tmp_path, reuse=[finished])
+    sizes = done["stages"]["export"]["bytes"]
+    assert sizes["quantized"] <= 0.27 * sizes["float"]
+
+
+def test_the_folder_is_complete_and_touches_only_the_decoder_linears(finished):
+    folder = finished / "export/model"
+    job = Job(small(), Interrupting("", 0))
+    source = job.loaded.path
+    assert {p.name for p in source.iterdir()} | {"README.md"} == {p.name for p in folder.iterdir()}
+    before, after = load_file(source / "model.safetensors"), load_file(folder / "model.safetensors")
+    gone = set(before) - set(after)
+    assert len(gone) == 28 and all(k.endswith("_proj.weight") for k in gone)
+    for key in set(before) & set(after):
+        assert torch.equal(before[key], after[key]), key
+
+
+def test_exported_site_equals_a_literal_eq_29(finished):
+    """In fp64, token by token, from the stages' artifacts and the float weight alone."""
+    model = load_quantized(finished / "export/model", dtype=torch.float32)
+    job = Job(small(), Interrupting("", 0))
+    layer, site = job.layers[1], job.layers[1]["mlp_in"]
+    scale = shards.load(finished / "smooth/layers/001.safetensors")["mlp_in.scale"].double()
+    solved = shards.load(finished / "compensate/layers/001.safetensors")
+    x = torch.randn(1, 9, site.in_features, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[0, 0, 1, 1, 2, 0, 2, 1, 0]])
+    start = 0
+    for name, out in zip(site.linears, site.out_features, strict=True):
+        w = job.loaded.model.get_submodule(name).weight.detach().double() * scale[0]
+        step = w.abs().amax(1, keepdim=True) / 7
+        w_q = (w / step).round() * step
+        expected = []
+        for token, m in zip(x[0].double(), ids[0].tolist(), strict=True):
+            s = token / scale[m]
+            delta = s.abs().max() / 127
+            y = (s / delta).round() * delta @ w_q.T
+            if m:
+                modality = job.recipe.modalities[m]
+                a = solved[f"mlp_in.{modality}.lr_a"].double()
+                b = solved[f"mlp_in.{modality}.lr_b"].double()[:, start : start + out]
+                y = y + s @ a @ b
+            expected.append(y)
+        expected = torch.stack(expected)
+        start += out
+        with force_ids(model, ids), torch.no_grad():
+            found = model.get_submodule(name)(x)[0].double()
+        assert float((found - expected).norm() / expected.norm()) < 1e-5
+        with force_ids(model, ids.clamp(max=1)), torch.no_grad():  # audio taken for vision
+            wrong = model.get_submodule(name)(x)[0].double()
+        assert float((wrong - expected).norm() / expected.norm()) > 1e-2
+    assert layer.layer == 1
+
+
+def test_swapped_modality_scales_are_caught_by_the_export(copied, monkeypatch):
+    from masquant_cli.stages import export
+
+    honest = export.export_tensors
+
+    def swapped(site, weights, scale, low_rank, scheme):
+        return honest(site, weights, scale[[0, 2, 1]], low_rank, scheme)
+
+    monkeypatch.setattr(export, "export_tensors", swapped)
+    shutil.rmtree(copied / "export")
+    with pytest.raises(CheckError, match="differ from the reference"):
+        pipeline.run(small(), copied)
+    assert not (copied / "export/manifest.json").exists()
+    assert not (copied / "export/model").exists()
+
+
+def test_sequential_layers_equal_the_full_forward(finished):
+    from masquant_cli.data.inputs import encode
+    from masquant_cli.models.capture import first_layer_inputs, run_layer
+
+    job = Job(small(), Interrupting("", 0))
+    model, samples = job.loaded.model, job.chosen.samples[:6]
+    inputs = encode(job.loaded.processor, samples, for_generation=False)
+    ids = modality_ids(inputs["input_ids"], token_ids_of(model.config), job.recipe.modalities)
+    batch = first_layer_inputs(model, model.get_submodule(job.layers[0].module), inputs, ids)
+    for layer in job.layers:
+        run_layer(model.get_submodule(layer.module), batch)
+    last = {}
+    norm = model.get_decoder().norm
+    handle = norm.register_forward_pre_hook(lambda _, args: last.update(x=args[0]))
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+    handle.remove()
+    assert torch.equal(batch.hidden[batch.real], last["x"][batch.real])
+
+
+def test_calibration_statistics_are_those_of_a_plain_forward(finished):
+    """Absmax and count of one site by hooks on an ordinary forward, sample by sample."""
+    from masquant_cli.data.inputs import encode
+
+    job = Job(small(), Interrupting("", 0))
+    model = job.loaded.model
+    site = job.layers[2]["attn_out"]
+    absmax, count = torch.zeros(3, site.in_features), torch.zeros(3)
+    seen = {}
+    handle = model.get_submodule(site.linears[0]).register_forward_pre_hook(
+        lambda _, args: seen.update(x=args[0][0])
+    )
+    for sample in job.chosen.samples:
+        inputs = encode(job.loaded.processor, [sample], for_generation=False)
+        with torch.no_grad():
+            model(**inputs, use_cache=False)
+        ids = modality_ids(inputs["input_ids"], token_ids_of(model.config), job.recipe.modalities)
+        for m in range(3):
+            mine = seen["x"][ids[0] == m]
+            count[m] += len(mine)
+            if len(mine):
+                absmax[m] = torch.maximum(absmax[m], mine.abs().amax(0))
+    handle.remove()
+    stored = shards.load(finished / "calibrate/layers/002.safetensors")
+    for m, name in enumerate(job.recipe.modalities):
+        assert stored[f"attn_out.{name}.count"].item() == count[m]
+        torch.testing.assert_close(
+            stored[f"attn_out.{name}.absmax"], absmax[m], rtol=1e-3, atol=1e-4
+        )
+
+
+def test_a_second_run_does_nothing_and_changes_go_stale_downstream_only(finished):
+    assert set(states(small(), finished).values()) == {"cached"}
+    changed = states(small("method=smoothquant"), finished)
+    assert changed["calibrate"] == "cached" and changed["smooth"] == "stale"
+    changed = states(small("compensation.whiten=false"), finished)
+    assert [changed[s] for s in STAGES] == ["cached", "cached", "stale", "stale"]
+    changed = states(small("seed=5"), finished)
+    assert set(changed.values()) == {"stale"}
+    assert states(small("evaluation.batch_size=3"), finished)["export"] == "cached"
+
+
+def test_another_run_may_lend_its_calibration(finished, tmp_path):
+    recipe = small("weights.bits=8", NO_VERIFY)
+    assert states(recipe, tmp_path)["calibrate"] == "todo"
+    assert states(recipe, tmp_path, reuse=[finished])["calibrate"] == "cached"
+    assert states(small("seed=5"), tmp_path, reuse=[finished])["calibrate"] == "todo"
+
+
+@pytest.mark.parametrize(
+    "stage, after",
+    [("embed", 3), ("calibrate", 2), ("smooth", 2), ("compensate", 3), ("export", 1)],
+)
+def test_interrupted_anywhere_the_same_bytes_come_out(finished, tmp_path, stage, after):
+    recipe = small(NO_VERIFY)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(recipe, tmp_path, progress=Interrupting(stage, after))
+    done = states(recipe, tmp_path)
+    assert "todo" in done.values() and not (tmp_path / "export/model").exists()
+    if stage in ("calibrate", "smooth", "compensate"):
+        kept = tmp_path / stage / "layers" / "000.safetensors"
+        before = kept.stat().st_mtime_ns
+    pipeline.run(recipe, tmp_path)
+    if stage in ("calibrate", "smooth", "compensate"):
+        assert kept.stat().st_mtime_ns == before  # finished layers are not done again
+    assert weights_hash(tmp_path) == weights_hash(finished)
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing_finished(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr(shards, "save_file", full)
+    with pytest.raises(EnvironmentProblem, match="disk is full"):
+        pipeline.run(small(), tmp_path, until="calibrate")
+    assert not (tmp_path / "calibrate/manifest.json").exists()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_changed_or_truncated_shard_is_refused(copied):
+    path = copied / "calibrate/layers/001.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    shutil.rmtree(copied / "smooth")
+    with pytest.raises(ArtifactError, match="changed after") as caught:
+        pipeline.run(small(), copied)
+    assert "001.safetensors" in caught.value.where and caught.value.exit_code == 4
+
+
+def test_a_lost_shard_makes_the_stage_stale(copied):
+    (copied / "smooth/layers/002.safetensors").unlink()
+    assert states(small(), copied)["smooth"] == "stale"
+
+
+def test_two_processes_cannot_share_a_run(tmp_path):
+    with RunDir(tmp_path).lock(), pytest.raises(ArtifactError, match="another masquant"):
+        pipeline.run(small(), tmp_path)
+
+
+def test_a_modality_without_samples_is_refused(tmp_path):
+    recipe = small()
+    text = [s for s in recipe.calibration.sources if s.dataset.endswith("text")]
+    calibration = recipe.calibration.model_copy(update={"sources": tuple(text)})
+    only_text = recipe.model_copy(update={"calibration": calibration})
+    with pytest.raises(RecipeError, match="no calibration sample has"):
+        pipeline.run(only_text, tmp_path, until="calibrate")
+
+
+def test_a_group_size_that_does_not_divide(tmp_path):
+    with pytest.raises(RecipeError, match="group_size 96 does not divide"):
+        pipeline.run(small("weights.group_size=96"), tmp_path, until="calibrate")
+
+
+@pytest.fixture
+def model_copy(tmp_path) -> Path:
+    from masquant_cli.models.resolve import resolve
+
+    return Path(shutil.copytree(resolve(small().model), tmp_path / "model"))
+
+
+def test_nan_in_a_weight(model_copy, tmp_path):
+    file = model_copy / "model.safetensors"
+    tensors = load_file(file)
+    name = next(k for k in tensors if k.endswith("1.mlp.up_proj.weight"))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="NaN or infinity"):
+        pipeline.run(small(f"model.path={model_copy}"), tmp_path / "run")
+
+
+def test_activations_that_overflow(model_copy, tmp_path):
+    file = model_copy / "model.safetensors"
+    tensors = load_file(file)
+    name = next(k for k in tensors if k.endswith("1.mlp.up_proj.weight"))
+    tensors[name] *= 3e38
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="activations entering"):
+        pipeline.run(small(f"model.path={model_copy}"), tmp_path / "run", until="calibrate")
+
+
+def test_a_checkpoint_that_lacks_a_tensor(model_copy, tmp_path):
+    file = model_copy / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[next(k for k in tensors if k.endswith("1.mlp.up_proj.weight"))]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="lacks 1 tensors"):
+        pipeline.run(small(f"model.path={model_copy}"), tmp_path / "run")
+
+
+def test_an_unsupported_family_and_a_quantized_checkpoint(finished, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(RecipeError, match="not supported yet"):
+        pipeline.run(small(f"model.path={tmp_path}"), tmp_path / "run")
+    with pytest.raises(RecipeError, match="already quantized"):
+        pipeline.run(small(f"model.path={finished / 'export/model'}"), tmp_path / "run")
+
+
+def test_a_missing_folder_and_a_hub_out_of_reach(tmp_path, monkeypatch):
+    with pytest.raises(RecipeError, match="no such model folder"):
+        pipeline.run(small("model.path=./nowhere"), tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(EnvironmentProblem, match="hub cannot be reached"):
+        pipeline.run(small("model.path=someone/unheard-of-model"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        small("method=rtn", base="tiny-omni-w8a8"),
+        small("method=smoothquant", base="tiny-omni-w4a4"),
+        small(base="tiny-omni-w4a16"),
+        small("weights.group_size=64", "smoothing.objective=mas", "compensation.whiten=false"),
+    ],
+    ids=["rtn-w8a8", "smoothquant-w4a4", "masquant-w4a16", "paper-groups"],
+)
+def test_bits_methods_and_groups_export_and_answer(finished, tmp_path, recipe):
+    recipe = recipe.model_copy(update={"name": "any"})
+    done = pipeline.run(
+        recipe.model_copy(update={"export": recipe.export.model_copy(update={"verify": False})}),
+        tmp_path,
+        reuse=[finished],
+    )
+    assert done["stages"]["calibrate"]["state"] == "cached"
+    from masquant_cli.stages.reference import reference_logits
+    from masquant_cli.stages.verify import probe_inputs
+
+    job = Job(recipe, Interrupting("", 0))
+    for stage in STAGES:
+        folder = Path(done["stages"][stage]["folder"])
+        from masquant_cli.rundir import read_manifest
+
+        job.finished[stage] = (folder, read_manifest(folder))
+    model = load_quantized(done["export_dir"], dtype=torch.float32)
+    for kind, inputs in probe_inputs(job).items():
+        expected = reference_logits(job, inputs)
+        with torch.no_grad():
+            found = model(**inputs, use_cache=False).logits
+        assert float((found - expected).norm() / expected.norm()) < 1e-4, kind

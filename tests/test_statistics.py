@@ -1,0 +1,57 @@
+"""Streamed statistics equal the ones computed from everything at once."""
+
+import torch
+
+from masquant_cli.algo.low_rank import smoothed_gram
+from masquant_cli.algo.statistics import InputStatistics
+
+
+def collect(x: torch.Tensor, sizes: list[int], keep: int = 16, seed: int = 3) -> InputStatistics:
+    found = InputStatistics(
+        width=x.shape[1],
+        keep=keep,
+        with_gram=True,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    for part in x.split(sizes):
+        found.update(part)
+    return found
+
+
+def test_any_split_gives_the_whole():
+    x = torch.randn(90, 7, generator=torch.Generator().manual_seed(0)) * 3
+    whole, parts = collect(x, [90]), collect(x, [1, 0, 50, 17, 22])
+    assert parts.count == 90
+    assert torch.equal(parts.absmax, x.abs().amax(0))
+    torch.testing.assert_close(parts.tensors()["mean_abs"], x.abs().mean(0))
+    torch.testing.assert_close(parts.gram, x.T @ x, rtol=1e-5, atol=1e-3)
+    assert torch.equal(parts.rows, whole.rows)  # the sample does not see the batching
+
+
+def test_rows_are_a_seeded_sample_without_repeats():
+    x = torch.arange(400.0)[:, None].expand(400, 2).contiguous()
+    rows = collect(x, [400], keep=50).rows[:, 0]
+    assert len(rows) == 50 and len(rows.unique()) == 50
+    assert not torch.equal(rows, rows.sort().values)  # random order: any prefix is a sample
+    assert 120 < float(rows.mean()) < 280
+    assert not torch.equal(rows, collect(x, [400], keep=50, seed=4).rows[:, 0])
+
+
+def test_fewer_tokens_than_wanted_keeps_all_and_none_is_fine():
+    x = torch.randn(5, 3)
+    assert len(collect(x, [5]).rows) == 5
+    empty = collect(x[:0], [0]).tensors()
+    assert empty["count"].item() == 0 and empty["rows"].shape == (0, 3)
+
+
+def test_gram_of_smoothed_activations_needs_no_second_pass():
+    g = torch.Generator().manual_seed(1)
+    x, s = torch.randn(60, 5, generator=g), torch.rand(5, generator=g) + 0.1
+    torch.testing.assert_close(smoothed_gram(x.T @ x, s), (x / s).T @ (x / s))
+
+
+def test_half_precision_is_summed_in_fp32():
+    x = torch.full((4096, 2), 1 / 3, dtype=torch.bfloat16)
+    found = collect(x, [64] * 64)
+    expected = float(x[0, 0].double() ** 2 * 4096)
+    assert abs(float(found.gram[0, 0]) / expected - 1) < 1e-4  # bf16 sums would be off by 40 %
