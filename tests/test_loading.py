@@ -1,6 +1,7 @@
 """Exports on disk: from_pretrained, save_pretrained, load_quantized, and broken files."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -242,7 +243,10 @@ ORDERS = {
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -181,6 +181,9 @@ def test_a_failed_pass_leaves_nothing_behind(omni):
         with pytest.raises(KeyboardInterrupt):
             omni(**inputs)
         handle.remove()
+        # Whatever is called next: an inner model that gets ids, or the whole one.
+        inner = getattr(omni.model, "language_model", omni.model)
+        assert torch.equal(omni.lm_head(inner(**words)[0]), plain)
         assert torch.equal(omni(**words).logits, plain)
         assert torch.equal(omni(**inputs).logits, want)
 

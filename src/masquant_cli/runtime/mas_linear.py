@@ -6,6 +6,7 @@ A MasSite smooths, quantizes and projects (lr_a) the input once for all linears 
 it; a MasLinear holds one packed weight. This is the plain torch definition, on any device.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,13 @@ class _Cached(NamedTuple):
     grad: bool
     value: SiteInput
     uses_left: int
+
+
+def _fp32(x: Tensor):
+    """Autocast would round integers and sums to bf16; entering the context costs when it is off."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 class _FixedDtype(nn.Module):
@@ -91,7 +99,7 @@ class MasSite(_FixedDtype):
             raise ValueError(f"expected {self.in_features} inputs, got {tuple(x.shape)}")
         batch = self.context.current(x.shape)
         x = x.reshape(-1, self.in_features).float()
-        with torch.autocast(x.device.type, enabled=False):
+        with _fp32(x):
             if batch.rows:
                 x = x * self.smooth_inv[batch.ids.flatten().to(x.device)]
             else:
@@ -169,14 +177,14 @@ class MasLinear(_FixedDtype):
     def forward(self, x: Tensor) -> Tensor:
         """x: float [..., in] -> [..., out] in x's dtype; everything inside is fp32."""
         given = self.site(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with _fp32(x):
             if given.scale is None:
                 y = given.q @ self.dequantized().T
             elif self.grouped or self.weight_zero_point is not None:
                 y = (given.q @ self.dequantized().T) * given.scale
             else:
                 # Products of integers: fp32 sums them exactly up to 2^24.
-                y = (given.q @ self.integers().T.float()) * given.scale * self.weight_scale.T
+                y = (given.q @ self.integers().float().T) * given.scale * self.weight_scale.T
             for m, rows, hidden in given.low_rank:
                 y.index_add_(0, rows, hidden @ self.lr_b[m - 1].float())
             if self.bias is not None:
