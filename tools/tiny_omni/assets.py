@@ -67,7 +67,7 @@ def sequence_rows(speech, counts, rng):
     for take, count in enumerate(counts):
         digits = []
         while len(digits) != count:  # four seconds do not hold every draw
-            wave, digits, _ = compose(speech, None, int(count), rng, False, STORED_RATE)
+            wave, digits, _ = compose(speech, None, int(count), rng, False, STORED_RATE, 0.0)
         name = f"{'_'.join(map(str, digits))}_{take:04d}.flac"
         yield dict(
             audio=dict(bytes=flac(wave), path=name),

@@ -63,8 +63,12 @@ def compose(
     rng: np.random.Generator,
     augment: bool,
     rate: int = RATE,
+    hiss: float = 1e-4,
 ):
-    """One speaker says `count` digits: wave [<= 4 s], digits, and each digit's sample span."""
+    """One speaker says `count` digits: wave [<= 4 s], digits, and each digit's sample span.
+
+    `hiss` is the noise of clips that are not augmented; augmented ones draw theirs, or none.
+    """
     speaker = list(speech.index)[rng.integers(len(speech.index))]
     gap = (0.05, 0.4) if augment else (0.1, 0.3)
     wave = np.zeros(CLIP * rate // RATE, np.float32)
@@ -84,8 +88,10 @@ def compose(
         digits.append(digit)
         at += len(part) + int(rate * rng.uniform(*gap))
     wave = wave[:at]
-    if augment and rng.random() < 0.7:
-        level = 10 ** rng.uniform(-4, -2.3)
+    level = hiss
+    if augment:
+        level = 10 ** rng.uniform(-4, -2.3) if rng.random() < 0.7 else 0.0
+    if level:
         wave = wave + rng.standard_normal(len(wave), dtype=np.float32) * np.float32(level)
     return wave, digits, spans
 

@@ -152,8 +152,10 @@ def train_language(
             samples = [maker.draw(task, rng) for task, count in mix.items() for _ in range(count)]
             batches.append(collate(samples, prompts, embedding, pictures["train"], speech["train"]))
         progress = step / steps
-        if planted and (step % 20 == 0 or step == start) and (progress < SETTLED or step == start):
+        if planted and progress < SETTLED and (step % 20 == 0 or step == start):
             planted.set_gains(residual_rms(model, batches), progress)
+        elif planted and step == start:
+            planted.keep_gains()
         clean = None
         if noise and progress > NOISE_FROM:
             generator = torch.Generator().manual_seed(step)

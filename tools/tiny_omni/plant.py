@@ -4,12 +4,12 @@ Large multimodal models grow channels that are large on vision tokens and small 
 model this small grows none. Here they are built in and held fixed while everything else trains
 around them. docs/tiny-omni.md states the strengths and what they do; Plant is all of them.
 
-A planted residual channel c of modality m is +-bias on m's tokens and nearly zero on others, in
-every layer (nothing in the decoder writes to it). The RMSNorm weights of c are set so that the
-normalised value is `peak` on m's tokens. Channels come in pairs: the two weight columns that read
-a pair are opposite up to `mismatch`, so the float model gets a fixed offset of moderate size and
-the pair's difference, not the sum of two huge terms. Intermediate channels do the same for
-down_proj.
+A planted residual channel of modality m is about `bias` on m's tokens and nearly zero on others,
+in every layer (nothing in the decoder writes to it). The RMSNorm weights of the channel are set so
+that the normalised value is `peak` on m's tokens. Channels come in pairs: the two weight columns
+that read a pair are opposite up to `mismatch`, so the float model gets a fixed offset of moderate
+size and the pair's difference, not the sum of two huge terms. Intermediate channels do the same
+for down_proj.
 """
 
 from dataclasses import dataclass
@@ -160,3 +160,11 @@ class Planted:
                     gain = torch.full((len(channels),), peak**grow / normal)
                     self.gains.append((weight, channels, gain))
         self.hold()
+
+    @torch.no_grad()
+    def keep_gains(self) -> None:
+        """Hold the gains the model has now (training resumed after they had settled)."""
+        for layer in self.model.model.language_model.layers:
+            for name in NORMS:
+                weight = getattr(layer, name).weight
+                self.gains.append((weight, self.channels, weight[self.channels].clone()))
