@@ -6,11 +6,11 @@ calibration serves them all, because it depends on neither the method nor the bi
 
 from pathlib import Path
 
-from . import recipe_yaml
-from .errors import RecipeError
-from .pipeline import run
-from .progress import NullProgress, Progress
-from .recipe import Recipe
+from masquant_cli import recipe_yaml
+from masquant_cli.errors import RecipeError
+from masquant_cli.pipeline import run
+from masquant_cli.progress import NullProgress, Progress
+from masquant_cli.recipe import Recipe
 
 RECIPES = ("tiny-omni-w4a8", "tiny-omni-w4a6")
 METHODS = ("rtn", "smoothquant", "masquant")
@@ -22,9 +22,9 @@ def demo(run_root: Path, *, progress: Progress | None = None, samples: int | Non
     A row holds method, bits, tasks {name: value}, sqnr_db {modality: dB} and the bytes of the
     quantized linears. `samples` caps the samples per task. Finished stages are reused.
     """
-    from .models.loading import load_float
-    from .stages.evaluate import evaluate
-    from .stages.prepare import prepare_all
+    from masquant_cli.models.loading import load_float
+    from masquant_cli.stages.evaluate import evaluate
+    from masquant_cli.stages.prepare import prepare_all
 
     progress = progress or NullProgress()
     first = recipe_yaml.load(RECIPES[0], _cap(samples))
@@ -97,7 +97,7 @@ def _verified_if_ours(recipe: Recipe) -> Recipe:
 
 
 def _load(folder: str, original):
-    from .runtime import load_quantized
+    from masquant_cli.runtime import load_quantized
 
     return load_quantized(folder, dtype=original.dtype).to(original.device).eval()
 

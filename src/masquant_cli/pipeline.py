@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import recipe as recipes
-from .errors import RecipeError
-from .machine import measure
-from .progress import NullProgress, Progress
-from .rundir import (
+from masquant_cli import recipe as recipes
+from masquant_cli.errors import RecipeError
+from masquant_cli.machine import measure
+from masquant_cli.progress import NullProgress, Progress
+from masquant_cli.rundir import (
     STAGES,
     Manifest,
     RunDir,
@@ -51,7 +51,7 @@ def run(
     `reuse` names other run directories whose finished calibrate stage may be read instead of
     repeating it. Raises MasquantError; what finished before an error is kept.
     """
-    from .stages.load import Job
+    from masquant_cli.stages.load import Job
 
     job = Job(recipe, progress or NullProgress())
     run = RunDir(Path(run_dir))
@@ -100,7 +100,7 @@ def plan(recipe: recipes.Recipe, run_dir: Path, reuse: Sequence[Path] = ()) -> l
 
 def fingerprints(recipe: recipes.Recipe) -> dict[str, str]:
     """Per stage, a hash of its version, the recipe keys it reads and the stages before it."""
-    from .stages import VERSIONS, inputs_fingerprint
+    from masquant_cli.stages import VERSIONS, inputs_fingerprint
 
     calibration = recipe.calibration.model_dump(mode="json")
     reads: dict[str, object] = {
@@ -140,8 +140,8 @@ def _state(folder: Path, wanted: str) -> tuple[str, str]:
 
 
 def _run_stage(job, step: StagePlan, seed: int) -> None:
-    from .shards import file_sha256
-    from .stages import stage_function
+    from masquant_cli.shards import file_sha256
+    from masquant_cli.stages import stage_function
 
     stage: Callable[..., dict] = stage_function(step.stage)
     # From here on the stage is unfinished: its old manifest must not vouch for new files.
@@ -187,7 +187,7 @@ def evaluate(
     A quantized model is also compared (SQNR, KL, flips) with the float model: the recipe's, or
     the one in `against`.
     """
-    from .stages.judge import evaluate_folder
+    from masquant_cli.stages.judge import evaluate_folder
 
     folder = Path(model) if model else exported(recipe, run_dir)
     return evaluate_folder(recipe, folder, against=against, progress=progress or NullProgress())
@@ -202,7 +202,7 @@ def bench(
     progress: Progress | None = None,
 ) -> dict:
     """Prefill and decode times of the float model and of the run's export, in one process."""
-    from .stages.judge import bench_folder
+    from masquant_cli.stages.judge import bench_folder
 
     folder = Path(model) if model else exported(recipe, run_dir)
     return bench_folder(recipe, folder, against=against, progress=progress or NullProgress())

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import ArtifactError, EnvironmentProblem
+from masquant_cli.errors import ArtifactError, EnvironmentProblem
 
 SCHEMA = 1
 STAGES = ("calibrate", "smooth", "compensate", "export")

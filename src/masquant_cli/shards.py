@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .errors import ArtifactError
-from .rundir import replace_atomic
+from masquant_cli.errors import ArtifactError
+from masquant_cli.rundir import replace_atomic
 
 
 def layer_file(stage_dir: Path, layer: int) -> Path:

@@ -16,8 +16,13 @@ from functools import cached_property
 
 import torch
 
-from .linear import fake_quant_rows, fake_quant_rows_ste, fake_quant_weight, fake_quant_weight_ste
-from .smoothing import align, closed_form_scale, uniform_absmax
+from masquant_cli.algo.linear import (
+    fake_quant_rows,
+    fake_quant_rows_ste,
+    fake_quant_weight,
+    fake_quant_weight_ste,
+)
+from masquant_cli.algo.smoothing import align, closed_form_scale, uniform_absmax
 
 OVERSAMPLE = 4  # extra columns while a subspace is still moving
 OUTPUTS_PER_STEP = 512

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import RecipeError
-from .sites import Site
+from masquant_cli.errors import RecipeError
+from masquant_cli.models.sites import Site
 
 DROPPED = ("past_key_values", "past_key_value", "use_cache", "cache_position")
 

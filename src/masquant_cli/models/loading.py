@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import transformers
 
-from .. import recipe as recipes
-from ..errors import EnvironmentProblem, RecipeError
-from .families import family_of
-from .resolve import resolve
+from masquant_cli import recipe as recipes
+from masquant_cli.errors import EnvironmentProblem, RecipeError
+from masquant_cli.models.families import family_of
+from masquant_cli.models.resolve import resolve
 
 
 @dataclass(frozen=True)

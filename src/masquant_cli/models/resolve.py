@@ -3,8 +3,8 @@
 from importlib.resources import files
 from pathlib import Path
 
-from .. import recipe as recipes
-from ..errors import EnvironmentProblem, RecipeError
+from masquant_cli import recipe as recipes
+from masquant_cli.errors import EnvironmentProblem, RecipeError
 
 BUILTIN = "builtin:"
 

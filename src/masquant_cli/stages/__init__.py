@@ -6,8 +6,8 @@ Imports are lazy, so that planning a run needs no torch.
 import importlib
 from collections.abc import Callable
 
-from ..recipe import Recipe
-from ..rundir import STAGES, fingerprint
+from masquant_cli.recipe import Recipe
+from masquant_cli.rundir import STAGES, fingerprint
 
 # Raise a stage's number when its result changes for the same inputs.
 VERSIONS = {"calibrate": 1, "smooth": 1, "compensate": 1, "export": 1}
@@ -23,9 +23,9 @@ def inputs_fingerprint(recipe: Recipe) -> str:
 
     Hub data sets count by id and revision: their content is not looked at here.
     """
-    from ..data.sources import local_files
-    from ..models.resolve import resolve
-    from ..shards import sampled_sha256
+    from masquant_cli.data.sources import local_files
+    from masquant_cli.models.resolve import resolve
+    from masquant_cli.shards import sampled_sha256
 
     folder = resolve(recipe.model)
     model = {

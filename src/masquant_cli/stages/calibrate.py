@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from .. import shards
-from ..algo.statistics import InputStatistics
-from ..errors import RecipeError
-from ..models.capture import Batch, first_layer_inputs, run_layer, watch_sites
-from ..models.modality import modality_ids, token_ids_of
-from ..models.sites import LayerSites, Site
-from .load import CalibrationSet, Job, batches
+from masquant_cli import shards
+from masquant_cli.algo.statistics import InputStatistics
+from masquant_cli.errors import RecipeError
+from masquant_cli.models.capture import Batch, first_layer_inputs, run_layer, watch_sites
+from masquant_cli.models.modality import modality_ids, token_ids_of
+from masquant_cli.models.sites import LayerSites, Site
+from masquant_cli.stages.load import CalibrationSet, Job, batches
 
 
 def calibrate(job: Job, folder: Path, fingerprint: str) -> dict:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from string import Template
 
-from .. import __version__
-from .load import Job
+from masquant_cli import __version__
+from masquant_cli.stages.load import Job
 
 CARD = Template("""---
 library_name: transformers

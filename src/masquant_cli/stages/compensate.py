@@ -5,18 +5,18 @@ from pathlib import Path
 
 import torch
 
-from .. import shards
-from ..algo.linear import fake_quant_weight
-from ..algo.low_rank import (
+from masquant_cli import shards
+from masquant_cli.algo.linear import fake_quant_weight
+from masquant_cli.algo.low_rank import (
     LowRank,
     best_low_rank,
     effective_rank,
     smoothed_gram,
     unwhitened_low_rank,
 )
-from ..errors import RecipeError
-from ..models.sites import Site
-from .load import Job
+from masquant_cli.errors import RecipeError
+from masquant_cli.models.sites import Site
+from masquant_cli.stages.load import Job
 
 
 def compensate(job: Job, folder: Path, fingerprint: str) -> dict:

@@ -14,15 +14,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import RecipeError
-from ..models.families import Family, family_of
-from ..models.names import disk_names, new_disk_names
-from ..models.sites import Site
-from ..rundir import disk_errors, replace_atomic
-from ..runtime.pack import export_tensors
-from .card import write_card
-from .load import Job
-from .verify import verify
+from masquant_cli.errors import RecipeError
+from masquant_cli.models.families import Family, family_of
+from masquant_cli.models.names import disk_names, new_disk_names
+from masquant_cli.models.sites import Site
+from masquant_cli.rundir import disk_errors, replace_atomic
+from masquant_cli.runtime.pack import export_tensors
+from masquant_cli.stages.card import write_card
+from masquant_cli.stages.load import Job
+from masquant_cli.stages.verify import verify
 
 INDEX = "model.safetensors.index.json"
 # Not carried: weights in any format, and files that describe the float model.

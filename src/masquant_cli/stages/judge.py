@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from ..data.samples import load_samples
-from ..errors import RecipeError
-from ..models.loading import Loaded, load_float
-from ..progress import Progress
-from ..recipe import Model, Recipe
-from ..runtime import load_quantized
-from .bench import bench
-from .evaluate import evaluate
+from masquant_cli.data.samples import load_samples
+from masquant_cli.errors import RecipeError
+from masquant_cli.models.loading import Loaded, load_float
+from masquant_cli.progress import Progress
+from masquant_cli.recipe import Model, Recipe
+from masquant_cli.runtime import load_quantized
+from masquant_cli.stages.bench import bench
+from masquant_cli.stages.evaluate import evaluate
 
 
 def evaluate_folder(

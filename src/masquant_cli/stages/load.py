@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
-from .. import shards
-from ..algo.low_rank import rank_for
-from ..data.inputs import encode
-from ..data.samples import Sample, load_samples
-from ..errors import ArtifactError, RecipeError
-from ..models.loading import Loaded, load_float
-from ..models.modality import check_modalities, merge_video, modality_ids, token_ids_of
-from ..models.sites import LayerSites, Site, find_sites
-from ..progress import Progress
-from ..recipe import SITE_KINDS, Recipe
-from ..rundir import Manifest
-from ..runtime.scheme import Scheme
+from masquant_cli import shards
+from masquant_cli.algo.low_rank import rank_for
+from masquant_cli.data.inputs import encode
+from masquant_cli.data.samples import Sample, load_samples
+from masquant_cli.errors import ArtifactError, RecipeError
+from masquant_cli.models.loading import Loaded, load_float
+from masquant_cli.models.modality import check_modalities, merge_video, modality_ids, token_ids_of
+from masquant_cli.models.sites import LayerSites, Site, find_sites
+from masquant_cli.progress import Progress
+from masquant_cli.recipe import SITE_KINDS, Recipe
+from masquant_cli.rundir import Manifest
+from masquant_cli.runtime.scheme import Scheme
 
 
 @dataclass

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import torch
 from masquant_kernels.quantizers import quantize_weight
 
-from ..algo.linear import compensated_linear
-from ..models.modality import modality_ids, token_ids_of
-from ..models.sites import Site
-from .load import Job
+from masquant_cli.algo.linear import compensated_linear
+from masquant_cli.models.modality import modality_ids, token_ids_of
+from masquant_cli.models.sites import Site
+from masquant_cli.stages.load import Job
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from .. import shards
-from ..algo.learning import (
+from masquant_cli import shards
+from masquant_cli.algo.learning import (
     Learned,
     Schedule,
     SiteProblem,
@@ -16,10 +16,10 @@ from ..algo.learning import (
     learn_joint,
     learn_mas,
 )
-from ..algo.smoothing import closed_form_scale, uniform_absmax
-from ..models.sites import Site
-from ..recipe import Recipe
-from .load import Job
+from masquant_cli.algo.smoothing import closed_form_scale, uniform_absmax
+from masquant_cli.models.sites import Site
+from masquant_cli.recipe import Recipe
+from masquant_cli.stages.load import Job
 
 
 def rtn(problem: SiteProblem, recipe: Recipe, seed: int) -> Learned:

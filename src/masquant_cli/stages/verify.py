@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..data.inputs import encode
-from ..data.samples import Sample
-from ..errors import CheckError
-from ..models.modality import modality_ids, token_ids_of
-from .load import Job
-from .reference import reference_logits
+from masquant_cli.data.inputs import encode
+from masquant_cli.data.samples import Sample
+from masquant_cli.errors import CheckError
+from masquant_cli.models.modality import modality_ids, token_ids_of
+from masquant_cli.stages.load import Job
+from masquant_cli.stages.reference import reference_logits
 
 
 def verify(job: Job, folder: Path) -> dict[str, float]:
@@ -90,7 +90,7 @@ def _without_media(sample: Sample) -> Sample:
 
 
 def _answer(folder: str, asked: str, answered: str, device: str, dtype: str) -> None:
-    from .. import load_quantized
+    from masquant_cli import load_quantized
 
     model = load_quantized(folder, dtype=getattr(torch, dtype.removeprefix("torch."))).to(device)
     inputs: dict[str, dict[str, torch.Tensor]] = {}
