@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from masquant_cli.algo import low_rank
-from masquant_cli.algo.low_rank import best_low_rank, effective_rank, rank_for, refine
+from masquant_cli.algo.low_rank import (
+    best_low_rank,
+    effective_rank,
+    rank_for,
+    top_right_subspace,
+)
 
 
 def problem(n_in: int, n_out: int, tokens: int, seed: int = 0):
@@ -83,15 +88,19 @@ def test_subspace_iteration_is_within_a_tenth_of_a_percent(by, monkeypatch):
     assert found.residual**0.5 == pytest.approx(exact, rel=2e-3)
 
 
-def test_a_warm_step_improves_a_stale_subspace():
+def test_a_few_steps_come_near_the_best_subspace_and_a_warm_start_nearer():
     x, delta = problem(40, 32, tokens=300)
-    v = torch.linalg.qr(torch.randn(32, 4, generator=torch.Generator().manual_seed(2))).Q
+    image = x @ delta.T
 
     def left(v):
-        image = x @ delta.T
+        assert torch.allclose(v.T @ v, torch.eye(4), atol=1e-4)
         return float((image - image @ v @ v.T).norm())
 
-    assert left(refine(v, delta, x)) < left(v)
+    best = left(best_low_rank(delta, 4, rows=x).lr_b.T)
+    cold = top_right_subspace(image, 4, steps=1)
+    warm = top_right_subspace(image, 4, start=cold, steps=1)
+    assert best <= left(warm) * (1 + 1e-6) and left(warm) < left(cold)
+    assert left(top_right_subspace(image, 4)) < best * 1.01
 
 
 def test_rank_is_a_rounded_down_ratio_or_absolute_and_never_too_wide():

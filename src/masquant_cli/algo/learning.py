@@ -22,9 +22,9 @@ from masquant_cli.algo.linear import (
     fake_quant_weight,
     fake_quant_weight_ste,
 )
+from masquant_cli.algo.low_rank import top_right_subspace
 from masquant_cli.algo.smoothing import align, closed_form_scale, uniform_absmax
 
-OVERSAMPLE = 4  # extra columns while a subspace is still moving
 OUTPUTS_PER_STEP = 512
 
 
@@ -256,26 +256,9 @@ def _modality_error(
     v = None
     if m > 0 and problem.rank > 0:
         residual = problem.targets[m] - (problem.rows[m] / scale) @ base.T
-        v = _top_right(residual, problem.rank, start)
+        v = top_right_subspace(residual, problem.rank, start)
         error = error - (y - smoothed @ base.T) @ v @ v.T
     return float(error.square().sum() / y.square().sum().clamp_min(1e-30)), v
-
-
-def _top_right(
-    residual: torch.Tensor, rank: int, start: torch.Tensor | None = None, steps: int = 3
-) -> torch.Tensor:
-    """Top right singular vectors [out, rank] of residual [n, out], by subspace iteration."""
-    n_out = residual.shape[1]
-    width = min(rank + OVERSAMPLE, n_out)
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(n_out, width, generator=generator).to(residual)
-    if start is not None:
-        v[:, : start.shape[1]] = start
-    for _ in range(steps):
-        v = torch.linalg.qr(residual.T @ (residual @ v)).Q
-    image = residual @ v
-    _, turn = torch.linalg.eigh((image.T @ image).double())
-    return v @ turn.flip(1)[:, :rank].to(v.dtype)
 
 
 def _descend(

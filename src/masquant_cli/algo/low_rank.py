@@ -7,7 +7,7 @@ there are fewer tokens than channels. So lr_a = D.T V (entries of order one) and
 (orthonormal): no damping, no clamping, safe in fp16.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,12 +18,16 @@ MAX_ITERATIONS = 24
 
 @dataclass(frozen=True)
 class LowRank:
-    """lr_a [in, r], lr_b [r, out], singular values [k] of X D.T (k >= r), total energy."""
+    """lr_a [in, r], lr_b [r, out], singular values [k] of X D.T (k >= r), total energy.
+
+    `complete`: the singular values are all of them.
+    """
 
     lr_a: torch.Tensor
     lr_b: torch.Tensor
     singular_values: torch.Tensor
     energy: float
+    complete: bool = True
 
     @property
     def residual(self) -> float:
@@ -86,13 +90,28 @@ def best_low_rank(
 def unwhitened_low_rank(delta: torch.Tensor, rank: int) -> LowRank:
     """Plain truncated SVD of D, blind to the activations: the paper's baseline in Fig. 6."""
     _, values, vh = torch.linalg.svd(delta.double().T, full_matrices=False)
-    return _assemble(delta, vh[:rank].T, values.square())
+    found = _assemble(delta, vh[:rank].T, values.square())
+    # The spectrum is that of D, not of X D.T.
+    return replace(found, complete=False)
 
 
-def refine(v: torch.Tensor, delta: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """One warm step of subspace iteration on D X.T X D.T: v [out, r] -> [out, r]."""
-    image = rows @ delta.T
-    return torch.linalg.qr(image.T @ (image @ v)).Q
+def top_right_subspace(
+    image: torch.Tensor, rank: int, start: torch.Tensor | None = None, steps: int = 3
+) -> torch.Tensor:
+    """V [out, rank], nearly the top right singular vectors of image [n, out], in a few steps.
+
+    For loops that ask often and can hand over the last answer as `start [out, <= rank]`.
+    """
+    n_out = image.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(n_out, min(rank + OVERSAMPLE, n_out), generator=generator).to(image)
+    if start is not None:
+        v[:, : start.shape[1]] = start
+    for _ in range(steps):
+        v = torch.linalg.qr(image.T @ (image @ v)).Q
+    part = image @ v
+    _, turn = torch.linalg.eigh((part.T @ part).double())
+    return v @ turn.flip(1)[:, :rank].to(v.dtype)
 
 
 def effective_rank(singular_values: torch.Tensor) -> float:
@@ -140,7 +159,7 @@ def _subspace(delta, rank, gram, rows) -> LowRank:
     found = _assemble(delta, (v.double() @ inner)[:, :rank], values)
     # trace(D G D.T) is the whole energy, of which `values` holds the top.
     total = (delta @ gram * delta).sum() if gram is not None else (rows @ delta.T).square().sum()
-    return LowRank(found.lr_a, found.lr_b, found.singular_values, float(total))
+    return replace(found, energy=float(total), complete=False)
 
 
 def _eigh_descending(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -65,12 +65,10 @@ def _site(
             count = max(1, int(statistics[f"{key}.count"]))
             gram = smoothed_gram(statistics[f"{key}.gram"].to(device) / count, scale[m])
             smoothed = {"gram": gram}
-            signal = float(((weight * scale[m]) @ gram * (weight * scale[m])).sum())
         else:
             rows = statistics[f"{key}.rows"].to(device)
             rows = rows / scale[m] / math.sqrt(max(1, len(rows)))
             smoothed = {"rows": rows}
-            signal = float((rows @ (weight * scale[m]).T).square().sum())
         found = (
             best_low_rank(delta, job.rank(site), **smoothed)
             if recipe.compensation.whiten
@@ -88,28 +86,29 @@ def _site(
             f"{key}.lr_b": lr_b,
             f"{key}.singular_values": found.singular_values,
         }
-        notes[key] = _report(found, delta, smoothed, signal)
+        notes[key] = _report(found, delta, smoothed, _energy(weight * scale[m], **smoothed))
 
 
 def _report(found: LowRank, delta: torch.Tensor, smoothed: dict, signal: float) -> dict:
-    """Numbers worth keeping; effective ranks where the full spectrum is cheap."""
-    rows = smoothed.get("rows")
-    if rows is not None:
-        energy = float((rows @ delta.T).square().sum())
-        rest = rows @ (delta - (found.lr_a.half().float() @ found.lr_b.half().float()).T).T
-        remaining = float(rest.square().sum())
-    else:
-        gram = smoothed["gram"]
-        energy = float((delta @ gram * delta).sum())
-        rest = delta - (found.lr_a.half().float() @ found.lr_b.half().float()).T
-        remaining = max(0.0, float((rest @ gram * rest).sum()))
+    """What the stored (fp16) correction achieves; effective ranks where all of the spectrum is."""
+    stored = (found.lr_a.half().float() @ found.lr_b.half().float()).T
+    energy, remaining = _energy(delta, **smoothed), _energy(delta - stored, **smoothed)
     note = {
         "rank": found.lr_b.shape[0],
         "residual_energy_left": round(remaining / max(energy, 1e-30), 6),
         "predicted_sqnr_db": round(10 * math.log10(max(signal, 1e-30) / max(remaining, 1e-30)), 3),
-        "effective_rank_whitened": round(effective_rank(found.singular_values), 2),
     }
-    if min(delta.shape) <= 4096:
+    if found.complete:
         plain = torch.linalg.svdvals(delta)
         note["effective_rank_unwhitened"] = round(effective_rank(plain), 2)
+        note["effective_rank_whitened"] = round(effective_rank(found.singular_values), 2)
     return note
+
+
+def _energy(
+    weight: torch.Tensor, gram: torch.Tensor | None = None, rows: torch.Tensor | None = None
+) -> float:
+    """||X W.T||_F^2 of smoothed activations, from their Gram or from rows."""
+    if rows is not None:
+        return float((rows @ weight.T).square().sum())
+    return max(0.0, float((weight @ gram * weight).sum()))
