@@ -15,7 +15,7 @@ from masquant_cli.errors import ArtifactError, CheckError, EnvironmentProblem, R
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.rundir import STAGES, RunDir
 from masquant_cli.runtime.context import modality_ids as force_ids
-from masquant_cli.stages.load import Job
+from masquant_cli.stages.job import Job
 
 NO_VERIFY = "export.verify=false"
 
@@ -342,3 +342,17 @@ def test_bits_methods_and_groups_export_and_answer(finished, tmp_path, recipe):
         with torch.no_grad():
             found = model(**inputs, use_cache=False).logits
         assert float((found - expected).norm() / expected.norm()) < 1e-4, kind
+
+
+def test_token_quotas_stop_each_modality_on_its_own():
+    quota = "calibration.tokens={text: 60, vision: 13, audio: 40}"
+    job = Job(small("calibration.sources.3.limit=10", quota), Interrupting("", 0))
+    kinds = [
+        {p["type"] for m in s.messages for p in m["content"]} - {"text"} for s in job.chosen.samples
+    ]
+    free = Job(small(), Interrupting("", 0)).chosen
+    assert len(job.chosen.samples) < len(free.samples)
+    pictures = [k for k in kinds if "image" in k]
+    assert len(pictures) == 4  # four tokens each: the fourth passes thirteen
+    assert job.chosen.tokens["audio"] >= 40
+    assert {} != job.chosen.tokens and job.chosen.digest != free.digest

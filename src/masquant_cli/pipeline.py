@@ -51,7 +51,7 @@ def run(
     `reuse` names other run directories whose finished calibrate stage may be read instead of
     repeating it. Raises MasquantError; what finished before an error is kept.
     """
-    from masquant_cli.stages.load import Job
+    from masquant_cli.stages.job import Job
 
     job = Job(recipe, progress or NullProgress())
     run = RunDir(Path(run_dir))

@@ -162,7 +162,9 @@ def demo(
     run_dir: Annotated[
         Path, typer.Option(metavar="DIR", help="Where its runs live.", show_default=True)
     ] = Path("runs/demo"),
-    samples: Annotated[int | None, typer.Option(min=1, help="At most this many per task.")] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="At most this many per task; there are 500.")
+    ] = 200,
     json: Json = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Quantize the embedded model four ways; one table."""

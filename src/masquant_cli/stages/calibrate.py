@@ -13,7 +13,8 @@ from masquant_cli.errors import RecipeError
 from masquant_cli.models.capture import Batch, first_layer_inputs, run_layer, watch_sites
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.sites import LayerSites, Site
-from masquant_cli.stages.load import CalibrationSet, Job, batches
+from masquant_cli.stages.job import Job
+from masquant_cli.stages.samples import CalibrationSet, batches
 
 
 def calibrate(job: Job, folder: Path, fingerprint: str) -> dict:

@@ -4,7 +4,7 @@ from pathlib import Path
 from string import Template
 
 from masquant_cli import __version__
-from masquant_cli.stages.load import Job
+from masquant_cli.stages.job import Job
 
 CARD = Template("""---
 library_name: transformers

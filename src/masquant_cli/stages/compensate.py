@@ -16,7 +16,7 @@ from masquant_cli.algo.low_rank import (
 )
 from masquant_cli.errors import RecipeError
 from masquant_cli.models.sites import Site
-from masquant_cli.stages.load import Job
+from masquant_cli.stages.job import Job
 
 
 def compensate(job: Job, folder: Path, fingerprint: str) -> dict:

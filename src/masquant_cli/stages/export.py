@@ -21,7 +21,7 @@ from masquant_cli.models.sites import Site
 from masquant_cli.rundir import disk_errors, replace_atomic
 from masquant_cli.runtime.pack import export_tensors
 from masquant_cli.stages.card import write_card
-from masquant_cli.stages.load import Job
+from masquant_cli.stages.job import Job
 from masquant_cli.stages.verify import verify
 
 INDEX = "model.safetensors.index.json"

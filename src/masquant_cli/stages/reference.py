@@ -13,7 +13,7 @@ from masquant_kernels.quantizers import quantize_weight
 from masquant_cli.algo.linear import compensated_linear
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.sites import Site
-from masquant_cli.stages.load import Job
+from masquant_cli.stages.job import Job
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from masquant_cli.algo.learning import (
 from masquant_cli.algo.smoothing import closed_form_scale, uniform_absmax
 from masquant_cli.models.sites import Site
 from masquant_cli.recipe import Recipe
-from masquant_cli.stages.load import Job
+from masquant_cli.stages.job import Job
 
 
 def rtn(problem: SiteProblem, recipe: Recipe, seed: int) -> Learned:

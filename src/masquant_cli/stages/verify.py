@@ -16,7 +16,7 @@ from masquant_cli.data.inputs import encode
 from masquant_cli.data.samples import Sample
 from masquant_cli.errors import CheckError
 from masquant_cli.models.modality import modality_ids, token_ids_of
-from masquant_cli.stages.load import Job
+from masquant_cli.stages.job import Job
 from masquant_cli.stages.reference import reference_logits
 
 

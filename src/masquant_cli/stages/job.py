@@ -1,0 +1,97 @@
+"""One recipe being worked on: the float model, its sites, and what earlier stages wrote."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from masquant_cli import shards
+from masquant_cli.algo.low_rank import rank_for
+from masquant_cli.errors import ArtifactError, RecipeError
+from masquant_cli.models.loading import Loaded, load_float
+from masquant_cli.models.modality import check_modalities, merge_video, token_ids_of
+from masquant_cli.models.sites import LayerSites, Site, find_sites
+from masquant_cli.progress import Progress
+from masquant_cli.recipe import SITE_KINDS, Recipe
+from masquant_cli.rundir import Manifest
+from masquant_cli.runtime.scheme import Scheme
+from masquant_cli.stages.samples import CalibrationSet, choose_samples
+
+
+@dataclass
+class Job:
+    """One recipe being worked on. The float model is loaded when a stage first needs it."""
+
+    recipe: Recipe
+    progress: Progress
+    finished: dict[str, tuple[Path, Manifest]] = field(default_factory=dict)
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        self.progress.note(f"loading {self.recipe.model.path}")
+        loaded = load_float(self.recipe.model, self.recipe.device)
+        check_modalities(loaded.model.config, self.recipe.modalities, where="modalities")
+        return loaded
+
+    @cached_property
+    def layers(self) -> list[LayerSites]:
+        layers = find_sites(self.loaded.model)
+        group = self.recipe.weights.group_size
+        for site in layers[0].sites:
+            if group and site.in_features % group:
+                raise RecipeError(
+                    f"group_size {group} does not divide the {site.in_features} inputs "
+                    f"of {site.kind}",
+                    where="weights.group_size",
+                    hint="choose a divisor, or leave group_size out for one scale per channel",
+                )
+        return layers
+
+    @cached_property
+    def scheme(self) -> Scheme:
+        """What the exported quantization_config will say."""
+        recipe = self.recipe
+        tokens = merge_video(token_ids_of(self.loaded.model.config), recipe.modalities)
+        return Scheme(
+            weight_bits=recipe.weights.bits,
+            group_size=recipe.weights.group_size,
+            symmetric=recipe.weights.symmetric,
+            activation_bits=recipe.activations.bits,
+            modalities=recipe.modalities,
+            token_ids={m: tuple(ids) for m, ids in tokens.items()},
+            ranks={site.kind: self.rank(site) for site in self.layers[0].sites},
+            sites=SITE_KINDS,
+        )
+
+    @cached_property
+    def chosen(self) -> CalibrationSet:
+        """The calibration samples; chosen once, so that their warnings are given once."""
+        return choose_samples(self.recipe, self.loaded, self.progress)
+
+    def rank(self, site: Site) -> int:
+        """Columns of the site's correction; 0 where the method or the recipe has none."""
+        compensation = self.recipe.compensation
+        if self.recipe.method != "masquant" or site.kind not in compensation.sites:
+            return 0
+        if len(self.recipe.modalities) == 1:
+            return 0
+        return rank_for(compensation.rank, site.in_features, sum(site.out_features))
+
+    def weight(self, site: Site) -> torch.Tensor:
+        """The site's linears stacked along their outputs: fp32 [sum of outs, in]."""
+        modules = (self.loaded.model.get_submodule(name) for name in site.linears)
+        return torch.cat([m.weight.detach().float() for m in modules])
+
+    def read(self, stage: str, layer: int) -> dict[str, torch.Tensor]:
+        """One layer's tensors of a finished stage, checked against its manifest."""
+        folder, manifest = self.finished[stage]
+        path = shards.layer_file(folder, layer)
+        relative = path.relative_to(folder).as_posix()
+        if relative not in manifest.outputs:
+            raise ArtifactError(
+                f"the {stage} stage has no layer {layer}",
+                where=str(path),
+                hint="delete the stage's folder and run again",
+            )
+        return shards.load(path, sha256=manifest.outputs[relative])
