@@ -355,4 +355,4 @@ def test_token_quotas_stop_each_modality_on_its_own():
     pictures = [k for k in kinds if "image" in k]
     assert len(pictures) == 4  # four tokens each: the fourth passes thirteen
     assert job.chosen.tokens["audio"] >= 40
-    assert {} != job.chosen.tokens and job.chosen.digest != free.digest
+    assert job.chosen.tokens != {} and job.chosen.digest != free.digest
