@@ -52,7 +52,8 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
+            with disk_errors(self.path):
+                lock.acquire(timeout=0)
         except Timeout:
             raise ArtifactError(
                 "another masquant process is working in this run directory",
@@ -79,7 +80,7 @@ def read_manifest(stage_dir: Path) -> Manifest | None:
                 hint="delete the stage's folder and run again",
             )
         return Manifest(**data)
-    except (ValueError, KeyError, TypeError) as error:
+    except (IsADirectoryError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"this manifest is damaged: {error}",
             where=str(path),
@@ -103,7 +104,6 @@ def fingerprint(content: object) -> str:
 
 
 def write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replace_atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
@@ -112,16 +112,24 @@ def write_json(path: Path, content: object) -> None:
 def replace_atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling; on success sync it and rename it over `path`."""
     temporary = path.with_name(f".{path.name}.partial")
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with disk_errors(path):
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # safetensors lets no one else read
             os.replace(temporary, path)
             if sys.platform != "win32":
                 sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0o077))
+    return mask
 
 
 def sync_folder(folder: Path) -> None:
@@ -149,7 +157,8 @@ def disk_errors(path: Path) -> Iterator[None]:
                 where=str(path),
                 hint="free space or choose another --run-dir, then run the same command again",
             ) from error
-        if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
+        refused = isinstance(error, (PermissionError, NotADirectoryError, FileExistsError))
+        if refused or getattr(error, "errno", None) == errno.EROFS:
             raise EnvironmentProblem(
                 f"cannot write here: {error.strerror or error}",
                 where=str(path),

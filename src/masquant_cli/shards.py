@@ -23,7 +23,6 @@ def layer_file(stage_dir: Path, layer: int) -> Path:
 
 def save(path: Path, tensors: dict[str, torch.Tensor], *, fingerprint: str, notes: dict) -> None:
     """Write `tensors` (made contiguous, moved to CPU) and json-able `notes` atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     ready = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
     # One metadata key only: safetensors does not keep the order of several, and bytes must repeat.
     header = json.dumps({"fingerprint": fingerprint, "notes": notes}, sort_keys=True)
