@@ -16,6 +16,7 @@ from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.rundir import STAGES, RunDir
 from masquant_cli.runtime.context import modality_ids as force_ids
 from masquant_cli.stages.job import Job
+from masquant_cli.stages.judge import is_quantized
 
 NO_VERIFY = "export.verify=false"
 
@@ -290,6 +291,20 @@ def test_a_checkpoint_that_lacks_a_tensor(model_copy, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(RecipeError, match="lacks 1 tensors"):
         pipeline.run(small(f"model.path={model_copy}"), tmp_path / "run")
+
+
+def test_a_truncated_checkpoint_and_a_config_that_is_no_mapping(model_copy, tmp_path):
+    file = model_copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(RecipeError, match="weights cannot be loaded"):
+        pipeline.run(small(f"model.path={model_copy}"), tmp_path / "run")
+    (model_copy / "config.json").write_text("[]")
+    with pytest.raises(RecipeError, match="not a mapping"):
+        pipeline.run(small(f"model.path={model_copy}"), tmp_path / "run")
+    with pytest.raises(RecipeError, match="not a model folder"):
+        is_quantized(model_copy)
+    (model_copy / "config.json").write_text('{"quantization_config": null}')
+    assert not is_quantized(model_copy)
 
 
 def test_an_unsupported_family_and_a_quantized_checkpoint(finished, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from masquant_cli import recipe as recipes
 from masquant_cli.errors import EnvironmentProblem, RecipeError
@@ -25,6 +26,8 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
     """The model's configuration, refusing families masquant does not know and quantized ones."""
     try:
         raw = json.loads((folder / "config.json").read_text())
+        if not isinstance(raw, dict):
+            raise ValueError("it is not a mapping")
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"config.json cannot be read: {error}", where=str(folder / "config.json"),
@@ -78,7 +81,7 @@ def load_float(spec: recipes.Model, device: str = "auto") -> Loaded:
         model, info = getattr(transformers, family.model_class).from_pretrained(
             folder, dtype=pick_dtype(spec.dtype, where, config), output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise RecipeError(
             f"the weights cannot be loaded: {str(error).splitlines()[0]}", where=str(folder),
             hint="is a shard missing or truncated? download the model again",

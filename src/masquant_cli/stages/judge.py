@@ -71,12 +71,12 @@ def is_quantized(folder: Path) -> bool:
     """Whether a model folder carries masquant's quantization_config. RecipeError if no model."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        return (config.get("quantization_config") or {}).get("quant_method") == "masquant"
+    except (OSError, ValueError, AttributeError) as error:
         raise RecipeError(
             f"not a model folder: {error}", where=str(folder),
             hint="point --model at a folder that holds config.json",
         ) from error  # fmt: skip
-    return config.get("quantization_config", {}).get("quant_method") == "masquant"
 
 
 def _float(recipe: Recipe, against: Path | None, progress: Progress) -> Loaded:
