@@ -41,7 +41,8 @@ def pipeline(monkeypatch, tmp_path):
             "stages": stages,
         }  # fmt: skip
 
-    def plan(recipe, run_dir, reuse):
+    def plan(recipe, run_dir, reuse, *, download):
+        assert not download  # a dry run changes nothing, the hub's cache included
         return [
             SimpleNamespace(stage="calibrate", state="cached", why=""),
             SimpleNamespace(stage="smooth", state="stale", why="smoothing.beta was 0.5"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from jobs import Interrupting, small
 from safetensors.torch import load_file, save_file
 
@@ -183,6 +184,39 @@ def test_a_second_run_does_nothing_and_changes_go_stale_downstream_only(finished
     changed = states(small("seed=5"), finished)
     assert set(changed.values()) == {"stale"}
     assert states(small("evaluation.batch_size=3"), finished)["export"] == "cached"
+
+
+def test_a_stale_stage_says_what_changed(finished):
+    def why(*overrides):
+        return {s.stage: s.why for s in pipeline.plan(small(*overrides), finished)}
+
+    found = why("weights.bits=8")
+    assert found["smooth"] == "weights.bits changed: 4 -> 8"
+    assert found["export"] == "a stage before it changed"
+    found = why("calibration.rows=64", "seed=5")["calibrate"]
+    assert found == "calibration.rows changed: 48 -> 64, and 1 more"
+
+
+def test_a_stale_export_is_not_judged_as_if_it_were_the_recipe(finished, tmp_path):
+    assert pipeline.exported(small("evaluation.batch_size=3"), finished).is_dir()
+    with pytest.raises(ArtifactError, match=r"weights\.bits changed: 4 -> 8") as caught:
+        pipeline.exported(small("weights.bits=8"), finished)
+    assert "--model" in caught.value.hint
+    with pytest.raises(RecipeError, match="no finished export"):
+        pipeline.exported(small(), tmp_path)
+
+
+def test_planning_downloads_no_model(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(name, revision, local_files_only=False, **_):
+        asked.append(local_files_only)
+        raise LocalEntryNotFoundError("not here")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    steps = pipeline.plan(small("model.path=some/model"), tmp_path, download=False)
+    assert asked == [True] and list(tmp_path.iterdir()) == []
+    assert {(s.state, s.why) for s in steps} == {("todo", "some/model has yet to be downloaded")}
 
 
 def test_another_run_may_lend_its_calibration(finished, tmp_path):

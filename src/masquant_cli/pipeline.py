@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from masquant_cli import recipe as recipes
-from masquant_cli.errors import RecipeError
+from masquant_cli.errors import ArtifactError, RecipeError
 from masquant_cli.machine import measure
 from masquant_cli.progress import NullProgress, Progress
 from masquant_cli.rundir import (
@@ -35,6 +35,7 @@ class StagePlan:
     state: str
     why: str
     fingerprint: str
+    reads: dict  # what the fingerprint hashes
     folder: Path
 
 
@@ -79,64 +80,98 @@ def run(
     }
 
 
-def plan(recipe: recipes.Recipe, run_dir: Path, reuse: Sequence[Path] = ()) -> list[StagePlan]:
-    """The state of every stage, from manifests alone; no model is loaded."""
+def plan(
+    recipe: recipes.Recipe, run_dir: Path, reuse: Sequence[Path] = (), *, download: bool = True
+) -> list[StagePlan]:
+    """The state of every stage, from manifests alone; no model is loaded.
+
+    A model on the hub is downloaded, as its files decide; without `download` every stage of a
+    model that is not in the cache is to do.
+    """
     run = RunDir(Path(run_dir))
-    prints = fingerprints(recipe)
+    reads = inputs(recipe, download=download)
+    if reads is None:
+        why = f"{recipe.model.path} has yet to be downloaded"
+        return [StagePlan(stage, "todo", why, "", {}, run.stage(stage)) for stage in STAGES]
     steps: list[StagePlan] = []
+    before = ""
     for stage in STAGES:
-        folder, state, why = run.stage(stage), *_state(run.stage(stage), prints[stage])
+        before = wanted = fingerprint([stage, reads[stage], before])
+        folder, state, why = run.stage(stage), *_state(run.stage(stage), wanted, reads[stage])
         if stage == "calibrate" and state != "cached":
             for other in reuse:
-                if (
-                    _state(candidate := RunDir(Path(other)).stage(stage), prints[stage])[0]
-                    == "cached"
-                ):
+                candidate = RunDir(Path(other)).stage(stage)
+                if _state(candidate, wanted, reads[stage])[0] == "cached":
                     folder, state, why = candidate, "cached", f"reused from {other}"
                     break
-        steps.append(StagePlan(stage, state, why, prints[stage], folder))
+        steps.append(StagePlan(stage, state, why, wanted, reads[stage], folder))
     return steps
 
 
-def fingerprints(recipe: recipes.Recipe) -> dict[str, str]:
-    """Per stage, a hash of its version, the recipe keys it reads and the stages before it."""
-    from masquant_cli.stages import VERSIONS, inputs_fingerprint
+def inputs(recipe: recipes.Recipe, *, download: bool = True) -> dict[str, dict] | None:
+    """Per stage, all that its result depends on besides the stages before it, json-able.
 
-    calibration = recipe.calibration.model_dump(mode="json")
-    reads: dict[str, object] = {
+    None when the model is on the hub and `download` is not wanted.
+    """
+    from masquant_cli.stages import VERSIONS, data_fingerprint, model_fingerprint
+
+    if (model := model_fingerprint(recipe.model, download=download)) is None:
+        return None
+    whole = recipe.model_dump(mode="json")
+    compensation = whole["compensation"]
+    reads = {
         "calibrate": {
-            "inputs": inputs_fingerprint(recipe),
-            "dtype": recipe.model.dtype,
-            "modalities": recipe.modalities,
-            "calibration": calibration,
-            "seed": recipe.seed,
+            "the model's files": model,
+            "the data files": data_fingerprint(recipe.calibration),
+            "model": {"dtype": recipe.model.dtype},
+            **{key: whole[key] for key in ("modalities", "calibration", "seed")},
         },
         "smooth": {
-            "method": recipe.method,
-            "weights": recipe.weights.model_dump(),
-            "activations": recipe.activations.model_dump(),
-            "smoothing": recipe.smoothing.model_dump(),
-            "rank": (recipe.compensation.rank, recipe.compensation.sites),
+            **{key: whole[key] for key in ("method", "weights", "activations", "smoothing")},
+            "compensation": {key: compensation[key] for key in ("rank", "sites")},
         },
-        "compensate": {"compensation": recipe.compensation.model_dump()},
-        "export": {"name": recipe.name, "model": recipe.model.path},
+        "compensate": {"compensation": compensation},
+        "export": {"name": recipe.name, "model": {"path": recipe.model.path}},
     }
-    found: dict[str, str] = {}
-    before = ""
-    for stage in STAGES:
-        before = found[stage] = fingerprint([stage, VERSIONS[stage], reads[stage], before])
-    return found
+    return {stage: {"masquant's stage": VERSIONS[stage], **reads[stage]} for stage in STAGES}
 
 
-def _state(folder: Path, wanted: str) -> tuple[str, str]:
+def _state(folder: Path, wanted: str, reads: dict) -> tuple[str, str]:
     manifest = read_manifest(folder)
     if manifest is None:
         return "todo", WHY_TODO
     if manifest.fingerprint != wanted:
-        return "stale", "the recipe, the model, the data or masquant changed since it ran"
+        return "stale", _changed(_flat(manifest.reads), _flat(reads))
     if lost := missing_output(folder, manifest):
         return "stale", f"its output {lost} is gone"
     return "cached", "finished"
+
+
+def _changed(old: dict[str, object], new: dict[str, object]) -> str:
+    """Which inputs differ: "weights.bits was 4, is 8"."""
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if not keys or not old:
+        return "a stage before it changed" if old else "its inputs are not known"
+    first = keys[0]
+    values = f"{old.get(first)!s} -> {new.get(first)!s}"
+    # Hashes, and lists that were longer on one side, say nothing to a person.
+    brief = len(values) < 60 and "files" not in first and first in old and first in new
+    more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return f"{first} changed{f': {values}' if brief else ''}{more}"
+
+
+def _flat(content: object, prefix: str = "") -> dict[str, object]:
+    """Nested mappings and lists as one mapping of dotted keys, as `--set` writes them."""
+    if isinstance(content, dict):
+        pairs = list(content.items())
+    elif isinstance(content, list):
+        pairs = list(enumerate(content))
+    else:
+        return {prefix: content}
+    flat: dict[str, object] = {}
+    for key, value in pairs:
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
 
 
 def _run_stage(job, step: StagePlan, seed: int) -> None:
@@ -158,20 +193,33 @@ def _run_stage(job, step: StagePlan, seed: int) -> None:
         peak_bytes=cost.peak_bytes,
         summary=summary,
         versions=versions(),
+        reads=step.reads,
     )
     write_manifest(step.folder, manifest)
 
 
 def exported(recipe: recipes.Recipe, run_dir: Path) -> Path:
-    """The exported folder of a finished run. Raises RecipeError when there is none."""
-    folder = RunDir(Path(run_dir)).stage("export") / "model"
-    if read_manifest(folder.parent) is None:
+    """The exported folder of a finished run of this recipe.
+
+    Raises RecipeError when there is none, ArtifactError when it belongs to another recipe.
+    """
+    steps = plan(recipe, run_dir)
+    step = steps[-1]
+    if step.state == "todo":
         raise RecipeError(
             "this run has no finished export",
             where=str(run_dir),
             hint=f"first: masquant run --config {recipe.name} --run-dir {run_dir}",
         )
-    return folder
+    if step.state == "stale":
+        first = next(s for s in steps if s.state == "stale")
+        raise ArtifactError(
+            f"this run's export is stale: {first.why}",
+            where=str(run_dir),
+            hint="run again, or name the folder to use it as it is: --model "
+            f"{step.folder / 'model'}",
+        )
+    return step.folder / "model"
 
 
 def evaluate(

@@ -35,6 +35,7 @@ class Manifest:
     peak_bytes: int
     summary: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
+    reads: dict = field(default_factory=dict)  # what the fingerprint hashes
     schema: int = SCHEMA
 
 

@@ -254,7 +254,7 @@ def _plan(recipe, run_dir: Path, reuse, until: str, json: bool, tasks=None) -> N
     with render.stdout_reserved():
         plan = [
             {"stage": s.stage, "state": s.state, "why": s.why}
-            for s in pipeline.plan(recipe, run_dir, reuse)
+            for s in pipeline.plan(recipe, run_dir, reuse, download=False)
         ]
     stages = [s["stage"] for s in plan]
     plan = plan[: stages.index(until) + 1] if until in stages else plan

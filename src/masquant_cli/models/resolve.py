@@ -9,8 +9,11 @@ from masquant_cli.errors import EnvironmentProblem, RecipeError
 BUILTIN = "builtin:"
 
 
-def resolve(spec: recipes.Model) -> Path:
-    """The local folder of a model; a hub id is downloaded (or found in the cache)."""
+def resolve(spec: recipes.Model, *, download: bool = True) -> Path | None:
+    """The local folder of a model; a hub id is downloaded (or found in the cache).
+
+    Without `download`, None for a hub id that is not in the cache.
+    """
     if spec.path.startswith(BUILTIN):
         name = spec.path.removeprefix(BUILTIN)
         folder = Path(str(files("masquant_cli") / "assets" / name / "model"))
@@ -34,7 +37,17 @@ def resolve(spec: recipes.Model) -> Path:
             hint="give an existing folder, a hub id like Qwen/Qwen2.5-VL-7B-Instruct, "
             "or builtin:tiny-omni",
         )  # fmt: skip
-    return _download(spec)
+    return _download(spec) if download else _cached(spec)
+
+
+def _cached(spec: recipes.Model) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(spec.path, revision=spec.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        return None
 
 
 def _download(spec: recipes.Model) -> Path:
