@@ -292,6 +292,18 @@ def test_a_reader_that_leaves_is_no_error():
     assert done.stderr == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+@pytest.mark.parametrize("argv", [["recipes"], ["recipes", "--json"]])
+def test_output_on_a_full_disk(argv):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "masquant_cli", *argv], stdout=full, stderr=subprocess.PIPE,
+            env=ENV, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: the disk is full") and "Traceback" not in done.stderr
+
+
 def test_plain_progress_speaks_now_and_then():
     now = [0.0]
     stream = io.StringIO()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,21 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_finished(tmp_path, mo
         pipeline.run(small(), tmp_path, until="calibrate")
     assert not (tmp_path / "calibrate/manifest.json").exists()
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "code, stderr, problem",
+    [(1, "SafetensorError: No space left on device", "disk is full"), (-9, "", "for memory")],
+)
+def test_verification_that_the_machine_stops(copied, monkeypatch, code, stderr, problem):
+    from masquant_cli.stages import verify
+
+    died = subprocess.CompletedProcess([], code, "", stderr)
+    monkeypatch.setattr(verify.subprocess, "run", lambda *args, **kwargs: died)
+    shutil.rmtree(copied / "export")
+    with pytest.raises(EnvironmentProblem, match=problem):
+        pipeline.run(small(), copied)
+    assert not (copied / "export/model").exists()
 
 
 def test_a_changed_or_truncated_shard_is_refused(copied):

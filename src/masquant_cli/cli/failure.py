@@ -1,5 +1,6 @@
 """Any exception as one clear error: what, where, hint, and an exit code from `errors`."""
 
+import contextlib
 import errno
 import sys
 import traceback
@@ -40,7 +41,8 @@ def report(error: BaseException, *, json: bool) -> int:
     if failure.hint:
         print(f"  hint: {failure.hint}", file=sys.stderr)
     if json:
-        render.output({"error": asdict(failure)}, True, render.stages)
+        with contextlib.suppress(OSError):  # stdout itself may be what is full
+            render.output({"error": asdict(failure)}, True, render.stages)
     return failure.exit_code
 
 

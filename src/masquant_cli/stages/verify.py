@@ -4,6 +4,8 @@ A fresh process has only what the folder holds: a missing file, a wrong name or 
 Transformers would fill with noise shows here, before the folder gets its final name.
 """
 
+import errno
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from masquant_cli.data.inputs import encode
 from masquant_cli.data.samples import Sample
-from masquant_cli.errors import CheckError
+from masquant_cli.errors import CheckError, EnvironmentProblem
 from masquant_cli.models.modality import modality_ids, token_ids_of
+from masquant_cli.rundir import disk_errors
 from masquant_cli.stages.job import Job
 from masquant_cli.stages.reference import reference_logits
 
@@ -28,7 +31,7 @@ def verify(job: Job, folder: Path) -> dict[str, float]:
     probes = probe_inputs(job)
     job.progress.stage("verify", len(probes), "inputs")
     reference = {kind: reference_logits(job, inputs) for kind, inputs in probes.items()}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         asked, answered = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
         flat = {f"{k}.{n}": t.contiguous() for k, i in probes.items() for n, t in i.items()}
         save_file(flat, asked)
@@ -37,9 +40,17 @@ def verify(job: Job, folder: Path) -> dict[str, float]:
         command += [str(folder), str(asked), str(answered), str(model.device), str(model.dtype)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
+            reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+            if "no space left" in reason.lower():
+                raise OSError(errno.ENOSPC, reason)
+            if result.returncode == -signal.SIGKILL:
+                raise EnvironmentProblem(
+                    "the process that verifies the export was killed, most likely for memory",
+                    where=str(folder),
+                    hint="free memory and run again, or set export.verify=false",
+                )
             raise CheckError(
-                "the exported folder does not load in a fresh process: "
-                + (result.stderr.strip().splitlines() or ["no output"])[-1],
+                f"the exported folder does not load in a fresh process: {reason}",
                 where=str(folder),
                 hint="the folder is kept under this name for inspection",
             )
