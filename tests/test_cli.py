@@ -304,6 +304,18 @@ def test_output_on_a_full_disk(argv):
     assert done.stderr.startswith("error: the disk is full") and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("json_wanted", [False, True])
+def test_a_terminal_that_lacks_the_letters(json_wanted):
+    argv = ["recipes", "nö✓.yaml", *(["--json"] if json_wanted else [])]
+    done = subprocess.run(
+        [sys.executable, "-m", "masquant_cli", *argv], capture_output=True,
+        env={**ENV, "PYTHONIOENCODING": "ascii"}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and rb"--> n\xf6\u2713.yaml" in done.stderr
+    if json_wanted:
+        assert json.loads(done.stdout)["error"]["where"] == "nö✓.yaml"
+
+
 def test_plain_progress_speaks_now_and_then():
     now = [0.0]
     stream = io.StringIO()

@@ -3,6 +3,7 @@
 Nothing heavy is imported up here, so that --help answers at once.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -276,6 +277,9 @@ def _do(work: Callable[[Any], dict[str, Any]], shape: str, json: bool, quiet: bo
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code. Every failure says what, where and what next."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path the terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(args=argv, prog_name="masquant", standalone_mode=False)
     except SystemExit:

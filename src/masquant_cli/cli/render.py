@@ -23,7 +23,8 @@ def stdout_reserved() -> Iterator[None]:
 def output(document: dict[str, Any], json: bool, table: Callable[[dict[str, Any]], None]) -> None:
     try:
         if json:
-            print(json_module.dumps(plain(document), indent=2, ensure_ascii=False))
+            unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+            print(json_module.dumps(plain(document), indent=2, ensure_ascii=not unicode))
         else:
             table(document)
         sys.stdout.flush()
