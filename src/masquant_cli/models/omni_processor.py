@@ -5,6 +5,8 @@ torchvision's. Folders saved with OmniProcessor name this class in processor_con
 register() before AutoProcessor.from_pretrained reads such a folder.
 """
 
+import re
+
 from transformers import AutoProcessor, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerConfig
 from transformers.models.auto.processing_auto import processor_class_from_name
 
@@ -27,6 +29,26 @@ class MasquantOmniProcessor(Qwen2_5OmniProcessor):
             setattr(self, f"{kind}_token_id", getattr(self.tokenizer, f"{kind}_token_id"))
         for kind in BOUNDARY_TOKENS:
             setattr(self, f"{kind}_token", getattr(self.tokenizer, f"{kind}_token"))
+
+    def replace_multimodal_special_tokens(self, text, audio_lengths, image_grid_thw, *_, **__):
+        """Each placeholder in `text` repeated for every token of its picture or sound.
+
+        Older releases (5.17) call this, and their own asks the video processor for its merge
+        size even when there is no video; newer ones have a method per medium instead.
+        """
+        merged = self.image_processor.merge_size**2
+        counts = {
+            self.image_token: (int(grid.prod()) // merged for grid in image_grid_thw),
+            self.audio_token: (int(length) for length in audio_lengths),
+        }
+
+        def repeated(found: re.Match) -> str:
+            if (count := next(counts[found[0]], None)) is None:
+                raise ValueError(f"the text has more {found[0]} than there are media")
+            return found[0] * count
+
+        pattern = "|".join(map(re.escape, counts))
+        return [re.sub(pattern, repeated, sample) for sample in text]
 
     @property
     def model_input_names(self):
