@@ -330,6 +330,17 @@ def test_swapped_modality_scales_show_where_they_hurt(data, processor, model, sm
     assert swapped["audio"] != right["audio"]
 
 
+def test_the_recipes_order_of_modalities_need_not_be_the_exports(data, processor, model, small):
+    settings = settings_for(data, ("image", "q"), ("audio", "q"))
+    right = fidelity(model, small, processor, settings, modalities=MODALITIES, seed=0)
+    order = ("text", "audio", "vision")
+    other = fidelity(model, small, processor, settings, modalities=order, seed=0)
+    for key in ("sqnr_db", "sqnr_end_db", "kl", "flip_rate", "fidelity_n"):
+        assert other[key] == right[key], key
+    with pytest.raises(CheckError, match="quantized for text, vision, audio, the recipe has text"):
+        fidelity(model, small, processor, settings_for(data, ("q",)), modalities=("text",), seed=0)
+
+
 def test_a_nearly_lossless_model_is_nearly_faithful(data, processor, model):
     scheme = scheme_of(model, rank=0, weight_bits=8, activation_bits=16)
     settings = settings_for(data, ("image", "q"), fidelity_samples=4)

@@ -51,6 +51,7 @@ def fidelity(
     samples = draw(evaluation, modalities=modalities, seed=seed)
     progress.stage("fidelity", len(samples), "samples")
     linears = _pairs(float_model, model)
+    theirs = _their_index(model, modalities)
     local = {name: torch.zeros(len(modalities), 2, dtype=torch.float64) for name in linears}
     end = torch.zeros(len(modalities), 2, dtype=torch.float64)
     groups: dict[str, list[Tensor]] = {m: [] for m in modalities}
@@ -59,7 +60,10 @@ def fidelity(
         chosen = samples[start : start + evaluation.batch_size]
         batch, scored = encode_scored(processor, chosen)
         ids = modality_ids(batch["input_ids"], model.config, modalities)
-        with torch.no_grad(), _compared(model, linears, ids, batch["attention_mask"], local):
+        with (
+            torch.no_grad(),
+            _compared(model, linears, ids, theirs, batch["attention_mask"], local),
+        ):
             hidden, logits = _forward(float_model, batch)
         finite_or_fail(logits, "the float model")
         with torch.no_grad():
@@ -126,16 +130,34 @@ def _pairs(float_model, model) -> dict[str, tuple[nn.Module, nn.Module]]:
     return pairs
 
 
+def _their_index(model, modalities: Sequence[str]) -> Tensor:
+    """int64 [M]: where the quantized model keeps each of `modalities`; its order is its own."""
+    from masquant_cli.runtime.context import context_of
+
+    theirs = context_of(model).modalities
+    if set(theirs) != set(modalities):
+        raise CheckError(
+            f"the model was quantized for {', '.join(theirs)}, the recipe has "
+            f"{', '.join(modalities)}",
+            where="modalities",
+            hint="name the modalities that the model was quantized with",
+        )
+    return torch.tensor([theirs.index(m) for m in modalities])
+
+
 @contextlib.contextmanager
-def _compared(model, linears: dict, ids: Tensor, mask: Tensor, sums: dict) -> Iterator[None]:
+def _compared(
+    model, linears: dict, ids: Tensor, theirs: Tensor, mask: Tensor, sums: dict
+) -> Iterator[None]:
     """While open, every float linear's input also runs through its quantized counterpart."""
     from masquant_cli.runtime import modality_ids as stated
 
     device = next(module for _, module in linears.values()).weight_packed.device
+    forced = theirs[ids.cpu()].to(device)
 
     def compare(name: str, quantized: nn.Module):
         def hook(_module, args: tuple, output: Tensor) -> None:
-            with stated(model, ids.to(device)):
+            with stated(model, forced):
                 got = quantized(args[0].to(device))
             sums[name] += _energies(output, got, ids, mask, len(sums[name]))
 
