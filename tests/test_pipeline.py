@@ -274,18 +274,54 @@ def test_verification_that_the_machine_stops(copied, monkeypatch, code, stderr, 
     assert not (copied / "export/model").exists()
 
 
-def test_a_changed_or_truncated_shard_is_refused(copied):
-    path = copied / "calibrate/layers/001.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
+def flip(path: Path) -> None:
+    """Change the last byte: same size, same header, other content."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_a_changed_shard_is_refused(copied):
+    flip(copied / "calibrate/layers/001.safetensors")
     shutil.rmtree(copied / "smooth")
     with pytest.raises(ArtifactError, match="changed after") as caught:
         pipeline.run(small(), copied)
     assert "001.safetensors" in caught.value.where and caught.value.exit_code == 4
 
 
-def test_a_lost_shard_makes_the_stage_stale(copied):
-    (copied / "smooth/layers/002.safetensors").unlink()
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_a_damaged_stage_is_done_again_without_its_damage(finished, copied, damage):
+    path = copied / "smooth/layers/002.safetensors"
+    flip(copied / "smooth/layers/001.safetensors")
+    path.write_bytes(path.read_bytes()[:-9]) if damage == "truncated" else path.unlink()
     assert states(small(), copied)["smooth"] == "stale"
+    pipeline.run(small(), copied)
+    for layer in ("001", "002"):
+        name = f"smooth/layers/{layer}.safetensors"
+        assert (copied / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_changed_export_is_not_believed(copied):
+    flip(copied / "export/model/model.safetensors")
+    assert states(small(), copied)["export"] == "stale"
+
+
+def test_asking_for_verification_later_verifies(finished, tmp_path):
+    pipeline.run(small(NO_VERIFY), tmp_path, reuse=[finished])
+    assert states(small(), tmp_path)["export"] == "stale"
+
+
+def test_the_model_and_the_data_are_in_the_fingerprint(model_copy, tmp_path):
+    table = tmp_path / "rows.jsonl"
+    rows = [{"question": f"what is {i}?", "answer": "a digit"} for i in range(9)]
+    table.write_text("\n".join(map(json.dumps, rows)))
+    recipe = small(f"model.path={model_copy}", f"calibration.sources.3.dataset={table}")
+    before = {s.stage: s.fingerprint for s in pipeline.plan(recipe, tmp_path / "run")}
+    for path in (table, model_copy / "model.safetensors", model_copy / "tokenizer.json"):
+        flip(path)
+        after = {s.stage: s.fingerprint for s in pipeline.plan(recipe, tmp_path / "run")}
+        assert not set(before.values()) & set(after.values()), path
+        before = after
 
 
 def test_two_processes_cannot_share_a_run(tmp_path):

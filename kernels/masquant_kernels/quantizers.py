@@ -51,13 +51,13 @@ def quantize_weight(
         raise ValueError("the weight has values that are not finite")
     if symmetric:
         limit = qmax(bits)
-        scale = (w.abs().amax(-1) / limit).clamp_min(TINY)
+        scale = _divide(w.abs().amax(-1), limit).clamp_min(TINY)
         q = (w / scale[..., None]).round_().clamp_(-limit, limit)
         return QWeight(q.to(torch.int8).reshape(out, columns), scale, None)
     if bits != 4:
         raise ValueError(f"asymmetric weights are 4 bits, got {bits}")
     low, high = w.amin(-1).clamp_max(0), w.amax(-1).clamp_min(0)
-    scale = ((high - low) / 15).clamp_min(TINY)
+    scale = _divide(high - low, 15).clamp_min(TINY)
     zero = (-8 - low / scale).round_().clamp_(-8, 7)
     q = ((w / scale[..., None]).round_() + zero[..., None]).clamp_(-8, 7)
     return QWeight(q.to(torch.int8).reshape(out, columns), scale, zero.to(torch.int8))
@@ -81,6 +81,12 @@ def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     limit = qmax(bits)
     x = x.float()
-    scale = (x.abs().amax(-1, keepdim=True) / limit).clamp_min(TINY)
+    scale = _divide(x.abs().amax(-1, keepdim=True), limit).clamp_min(TINY)
     # No clamp is needed for finite rows: |x| <= absmax gives |x / scale| <= limit + rounding.
     return (x / scale).round(), scale
+
+
+def _divide(x: Tensor, number: int) -> Tensor:
+    """Correctly rounded on every device: CUDA turns a division by a plain number into a product
+    with its inverse, which would move scales by one bit against those packed on a CPU."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)

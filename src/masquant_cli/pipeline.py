@@ -17,9 +17,11 @@ from masquant_cli.rundir import (
     STAGES,
     Manifest,
     RunDir,
+    damaged_output,
+    file_sha256,
     fingerprint,
-    missing_output,
     read_manifest,
+    reopen,
     versions,
     write_manifest,
 )
@@ -58,13 +60,18 @@ def run(
     run = RunDir(Path(run_dir))
     done: dict[str, dict] = {}
     with run.lock():
+        upstream = ""
         for step in plan(recipe, run_dir, reuse):
-            if step.state != "cached":
-                _run_stage(job, step, recipe.seed)
-            manifest = read_manifest(step.folder)
+            manifest = read_manifest(step.folder) if step.state == "cached" else None
+            # A stage before it may have been done again and come out differently.
+            cached = manifest is not None and manifest.upstream == upstream
+            if not cached:
+                _run_stage(job, step, recipe.seed, upstream)
+                manifest = read_manifest(step.folder)
+            upstream = fingerprint(manifest.outputs)
             job.finished[step.stage] = (step.folder, manifest)
             done[step.stage] = {
-                "state": step.state if step.state == "cached" else "done",
+                "state": "cached" if cached else "done",
                 "seconds": manifest.seconds,
                 "peak_bytes": manifest.peak_bytes,
                 "folder": str(step.folder),
@@ -124,6 +131,7 @@ def inputs(recipe: recipes.Recipe, *, download: bool = True) -> dict[str, dict] 
             "the model's files": model,
             "the data files": data_fingerprint(recipe.calibration),
             "model": {"dtype": recipe.model.dtype},
+            "device": _device(recipe),
             **{key: whole[key] for key in ("modalities", "calibration", "seed")},
         },
         "smooth": {
@@ -131,9 +139,22 @@ def inputs(recipe: recipes.Recipe, *, download: bool = True) -> dict[str, dict] 
             "compensation": {key: compensation[key] for key in ("rank", "sites")},
         },
         "compensate": {"compensation": compensation},
-        "export": {"name": recipe.name, "model": {"path": recipe.model.path}},
+        "export": {
+            "name": recipe.name,
+            "model": {"path": recipe.model.path},
+            "export": whole["export"],
+        },
     }
     return {stage: {"masquant's stage": VERSIONS[stage], **reads[stage]} for stage in STAGES}
+
+
+def _device(recipe: recipes.Recipe) -> str:
+    """Where the job runs: devices round differently, and `dtype: auto` depends on it."""
+    if recipe.device != "auto":
+        return recipe.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _state(folder: Path, wanted: str, reads: dict) -> tuple[str, str]:
@@ -142,8 +163,8 @@ def _state(folder: Path, wanted: str, reads: dict) -> tuple[str, str]:
         return "todo", WHY_TODO
     if manifest.fingerprint != wanted:
         return "stale", _changed(_flat(manifest.reads), _flat(reads))
-    if lost := missing_output(folder, manifest):
-        return "stale", f"its output {lost} is gone"
+    if lost := damaged_output(folder, manifest):
+        return "stale", f"its output {lost} is gone or was changed"
     return "cached", "finished"
 
 
@@ -174,26 +195,27 @@ def _flat(content: object, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _run_stage(job, step: StagePlan, seed: int) -> None:
-    from masquant_cli.shards import file_sha256
+def _run_stage(job, step: StagePlan, seed: int, upstream: str) -> None:
     from masquant_cli.stages import stage_function
 
     stage: Callable[..., dict] = stage_function(step.stage)
     # From here on the stage is unfinished: its old manifest must not vouch for new files.
-    (step.folder / "manifest.json").unlink(missing_ok=True)
+    reopen(step.folder)
     with measure() as cost:
-        summary = stage(job, step.folder, step.fingerprint)
+        summary = stage(job, step.folder, fingerprint([step.fingerprint, upstream]))
     outputs = sorted(p for p in step.folder.rglob("*") if p.is_file() and p.name[0] != ".")
     manifest = Manifest(
         stage=step.stage,
         fingerprint=step.fingerprint,
         outputs={p.relative_to(step.folder).as_posix(): file_sha256(p) for p in outputs},
+        sizes={p.relative_to(step.folder).as_posix(): p.stat().st_size for p in outputs},
         seed=seed,
         seconds=cost.seconds,
         peak_bytes=cost.peak_bytes,
         summary=summary,
         versions=versions(),
         reads=step.reads,
+        upstream=upstream,
     )
     write_manifest(step.folder, manifest)
 

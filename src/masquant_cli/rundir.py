@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from masquant_cli.errors import ArtifactError, EnvironmentProblem
 
 SCHEMA = 1
+WHOLE = 64 << 20  # bytes; larger files are not read to their end to see whether they changed
 STAGES = ("calibrate", "smooth", "compensate", "export")
 
 
@@ -36,6 +37,8 @@ class Manifest:
     summary: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
     reads: dict = field(default_factory=dict)  # what the fingerprint hashes
+    sizes: dict = field(default_factory=dict)  # bytes of each output
+    upstream: str = ""  # hash of the outputs of the stage before
     schema: int = SCHEMA
 
 
@@ -93,9 +96,51 @@ def write_manifest(stage_dir: Path, manifest: Manifest) -> None:
     write_json(stage_dir / "manifest.json", asdict(manifest))
 
 
-def missing_output(stage_dir: Path, manifest: Manifest) -> str | None:
-    """The first output a finished stage no longer has, or None."""
-    return next((o for o in manifest.outputs if not (stage_dir / o).exists()), None)
+def damaged_output(stage_dir: Path, manifest: Manifest) -> str | None:
+    """The first output a finished stage no longer has in the size it wrote, or None.
+
+    Contents are checked by whoever reads them; nothing reads an exported folder again, so that
+    one is compared with its hashes.
+    """
+    for name, digest in manifest.outputs.items():
+        path = stage_dir / name
+        if not path.is_file() or path.stat().st_size != manifest.sizes.get(name):
+            return name
+        if manifest.stage == "export" and file_sha256(path) != digest:
+            return name
+    return None
+
+
+def reopen(stage_dir: Path) -> None:
+    """Make a stage unfinished. Outputs that are not as the manifest left them are dropped, so
+    that resuming cannot take them for its own."""
+    if manifest := read_manifest(stage_dir):
+        for name, digest in manifest.outputs.items():
+            path = stage_dir / name
+            if path.is_file() and file_sha256(path) != digest:
+                path.unlink()
+    (stage_dir / "manifest.json").unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of a file; of a large one, of its size, its time and 17 spread pieces."""
+    state = os.stat(path)
+    if state.st_size <= WHOLE:
+        return file_sha256(path)
+    digest = hashlib.sha256(f"{state.st_size} {state.st_mtime_ns}".encode())
+    with open(path, "rb", buffering=0) as file:
+        for piece in range(17):
+            file.seek((state.st_size - 65536) * piece // 16)
+            digest.update(file.read(65536))
+    return digest.hexdigest()
 
 
 def fingerprint(content: object) -> str:

@@ -4,9 +4,7 @@ Every shard carries the fingerprint of the stage that wrote it, so a resumed run
 layers are its own. Nothing is pickled.
 """
 
-import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -14,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from masquant_cli.errors import ArtifactError
-from masquant_cli.rundir import replace_atomic
+from masquant_cli.rundir import file_sha256, replace_atomic
 
 
 def layer_file(stage_dir: Path, layer: int) -> Path:
@@ -61,22 +59,3 @@ def load(path: Path, *, sha256: str | None = None) -> dict[str, torch.Tensor]:
             where=str(path),
             hint="delete the stage's folder and run again; finished stages before it are kept",
         ) from error
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sampled_sha256(path: Path) -> str:
-    """Hash of the size and of 17 spread pieces: notices changed weights in milliseconds."""
-    size = os.path.getsize(path)
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb", buffering=0) as file:
-        for piece in range(17):
-            file.seek(max(0, (size - 65536) * piece // 16))
-            digest.update(file.read(65536))
-    return digest.hexdigest()

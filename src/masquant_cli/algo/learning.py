@@ -216,7 +216,7 @@ def _best_for_base(
         tried = {
             label: (_modality_error(problem, m, base, scale)[0], scale)
             for label, scale in starts.items()
-            if not few or label in ("base", "aligned eq. 14")
+            if not few or label in ("base", "eq. 14", "aligned eq. 14")
         }
         label = min(tried, key=lambda key: tried[key][0])
         errors.append(tried[label][0])

@@ -89,8 +89,13 @@ def best_low_rank(
 
 def unwhitened_low_rank(delta: torch.Tensor, rank: int) -> LowRank:
     """Plain truncated SVD of D, blind to the activations: the paper's baseline in Fig. 6."""
-    _, values, vh = torch.linalg.svd(delta.double().T, full_matrices=False)
-    found = _assemble(delta, vh[:rank].T, values.square())
+    if delta.shape[0] <= delta.shape[1]:
+        values, vectors = _eigh_descending(delta.double() @ delta.double().T)
+        v = vectors[:, :rank]
+    else:
+        values, u = _eigh_descending(delta.double().T @ delta.double())
+        v = _orthonormal(delta.double() @ u[:, :rank])
+    found = _assemble(delta, v, values)
     # The spectrum is that of D, not of X D.T.
     return replace(found, complete=False)
 
@@ -112,6 +117,12 @@ def top_right_subspace(
     part = image @ v
     _, turn = torch.linalg.eigh((part.T @ part).double())
     return v @ turn.flip(1)[:, :rank].to(v.dtype)
+
+
+def singular_values(delta: torch.Tensor) -> torch.Tensor:
+    """Those of D [out, in], descending, from its smaller side: good to 1e-8 of the largest."""
+    d = delta.double() if delta.shape[0] <= delta.shape[1] else delta.double().T
+    return torch.linalg.eigvalsh(d @ d.T).clamp_min(0).sqrt().flip(0)
 
 
 def effective_rank(singular_values: torch.Tensor) -> float:

@@ -40,6 +40,15 @@ def resolve(spec: recipes.Model, *, download: bool = True) -> Path | None:
     return _download(spec) if download else _cached(spec)
 
 
+def model_files(folder: Path) -> list[Path]:
+    """Every file of a model folder, hidden ones left out, sorted."""
+
+    def hidden(path: Path) -> bool:
+        return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+    return [p for p in sorted(folder.rglob("*")) if p.is_file() and not hidden(p)]
+
+
 def _cached(spec: recipes.Model) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

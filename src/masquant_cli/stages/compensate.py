@@ -8,9 +8,11 @@ import torch
 from masquant_cli import shards
 from masquant_cli.algo.linear import fake_quant_weight
 from masquant_cli.algo.low_rank import (
+    EXACT_SIDE,
     LowRank,
     best_low_rank,
     effective_rank,
+    singular_values,
     smoothed_gram,
     unwhitened_low_rank,
 )
@@ -98,9 +100,8 @@ def _report(found: LowRank, delta: torch.Tensor, smoothed: dict, signal: float) 
         "residual_energy_left": round(remaining / max(energy, 1e-30), 6),
         "predicted_sqnr_db": round(10 * math.log10(max(signal, 1e-30) / max(remaining, 1e-30)), 3),
     }
-    if found.complete:
-        plain = torch.linalg.svdvals(delta)
-        note["effective_rank_unwhitened"] = round(effective_rank(plain), 2)
+    if found.complete and min(delta.shape) <= EXACT_SIDE:  # a note must not cost more than the work
+        note["effective_rank_unwhitened"] = round(effective_rank(singular_values(delta)), 2)
         note["effective_rank_whitened"] = round(effective_rank(found.singular_values), 2)
     return note
 

@@ -6,7 +6,6 @@ linears change. Everything else in the folder (processor, tokenizer, templates) 
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from masquant_cli.errors import RecipeError
 from masquant_cli.models.families import Family, family_of
 from masquant_cli.models.names import disk_names, new_disk_names
+from masquant_cli.models.resolve import model_files
 from masquant_cli.models.sites import Site
 from masquant_cli.rundir import disk_errors, replace_atomic
 from masquant_cli.runtime.pack import export_tensors
@@ -179,16 +179,9 @@ def _write_config(job: Job, source: Source, folder: Path) -> None:
 
 
 def _carry_files(source: Path, folder: Path) -> None:
-    for path in _files(source):
+    for path in model_files(source):
         relative = path.relative_to(source)
         if relative.as_posix() in REPLACED or path.suffix in LEFT_BEHIND:
             continue
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / relative)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
-            yield path
