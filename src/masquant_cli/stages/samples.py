@@ -2,18 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from masquant_cli.data.chat import kinds_of, modality_of
 from masquant_cli.data.inputs import encode
 from masquant_cli.data.samples import Sample, load_samples
 from masquant_cli.errors import RecipeError
 from masquant_cli.models.loading import Loaded
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.progress import Progress
-from masquant_cli.recipe import Recipe
+from masquant_cli.recipe import Recipe, Source
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,19 @@ class CalibrationSet:
 def choose_samples(recipe: Recipe, loaded: Loaded, progress: Progress) -> CalibrationSet:
     """Take samples from all sources in turn until every modality's token quota is met.
 
-    A sample with media counts for its media alone; text-only samples fill the text quota.
+    A sample with media counts for its media alone; text-only samples fill the text quota. A
+    source is read no further once all that it can fill is full.
     """
     names, quota = recipe.modalities, recipe.calibration.tokens
     tokens = token_ids_of(loaded.model.config)
     got, filled = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     chosen, lengths, skipped = [], [], 0
-    for sample in _interleave(recipe):
+
+    def wanted(modalities: Iterable[str]) -> bool:
+        return any(m not in quota or filled[m] < quota[m] for m in modalities)
+
+    progress.stage("choose samples", None, "samples")
+    for sample in _interleave(recipe, wanted):
         inputs = encode(loaded.processor, [sample], for_generation=False)
         ids = modality_ids(inputs["input_ids"], tokens, names)
         if ids.numel() > recipe.calibration.max_length:
@@ -47,15 +54,14 @@ def choose_samples(recipe: Recipe, loaded: Loaded, progress: Progress) -> Calibr
             continue
         counts = {m: int((ids == i).sum()) for i, m in enumerate(names)}
         counted = [m for m in names[1:] if counts[m]] or [names[0]]
-        if any(m not in quota or filled[m] < quota[m] for m in counted):
+        if wanted(counted):
             chosen.append(sample)
             lengths.append(ids.numel())
             for m in names:
                 got[m] += counts[m]
             for m in counted:
                 filled[m] += counts[m]
-        if all(m in quota and filled[m] >= quota[m] for m in names):
-            break
+            progress.advance(1, tokens=ids.numel())
     _refuse_or_warn(recipe, got, skipped, progress)
     return CalibrationSet(tuple(chosen), tuple(lengths), got, skipped)
 
@@ -73,17 +79,27 @@ def batches(recipe: Recipe, chosen: CalibrationSet, processor) -> Iterator[dict[
         yield encode(processor, [chosen.samples[j] for j in group], for_generation=False)
 
 
-def _interleave(recipe: Recipe) -> Iterator[Sample]:
+def _interleave(recipe: Recipe, wanted: Callable[[Iterable[str]], bool]) -> Iterator[Sample]:
+    names = recipe.modalities
     sources = [
-        iter(load_samples(s, seed=recipe.seed, modalities=recipe.modalities))
-        for s in recipe.calibration.sources
+        (_fills(source, names), load_samples(source, seed=recipe.seed, modalities=names))
+        for source in recipe.calibration.sources
     ]
     while sources:
-        for source in list(sources):
-            try:
-                yield next(source)
-            except StopIteration:
-                sources.remove(source)
+        for pair in list(sources):
+            fills, samples = pair
+            # Without this a stream of pictures would be read to its end for the last text token.
+            sample = next(samples, None) if wanted(fills) else None
+            if sample is None:
+                sources.remove(pair)
+            else:
+                yield sample
+
+
+def _fills(source: Source, names: tuple[str, ...]) -> list[str]:
+    """The modalities whose quota the source's samples count for."""
+    media = {modality_of(kind, names) for kind in kinds_of(source.messages)}
+    return [m for m in names[1:] if m in media] or [names[0]]
 
 
 def _refuse_or_warn(recipe: Recipe, got: dict[str, int], skipped: int, progress: Progress) -> None:
