@@ -166,14 +166,15 @@ def test_nothing_is_printed_and_the_working_directory_stays_clean(tmp_path, monk
     assert os.listdir() == []
 
 
-def test_an_unwritable_cache_is_replaced(tmp_path, monkeypatch):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_unwritable_cache_is_replaced(tmp_path, monkeypatch, streaming):
     import datasets
 
     (tmp_path / "d.jsonl").write_text('{"n": 1}\n')
     # A file where the folder should be cannot be written even by root.
     (tmp_path / "blocked").write_text("")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "blocked/cache"))
-    assert texts(load(source(tmp_path / "d.jsonl"))) == ["1"]
+    assert texts(load(source(tmp_path / "d.jsonl", streaming=streaming))) == ["1"]
 
 
 def test_imagefolder_labels_are_names(tmp_path):
@@ -254,6 +255,10 @@ def test_empty_split_and_single_file_split(tmp_path, numbers):
     parquet(tmp_path / "empty.parquet", n=pa.array([], pa.int64()))
     with pytest.raises(RecipeError, match="has no rows"):
         load(source(tmp_path / "empty.parquet"))
+    for name in ("empty.json", "empty.jsonl"):
+        (tmp_path / name).write_text("[]" if name == "empty.json" else "")
+        with pytest.raises(RecipeError, match="has no rows"):
+            load(source(tmp_path / name))
     with pytest.raises(RecipeError, match="no split 'test'") as caught:
         load(source(numbers, split="test"))
     assert "single file" in caught.value.hint
@@ -382,6 +387,15 @@ def test_bad_media_names_the_row(tmp_path, column, value, message):
     with pytest.raises(RecipeError, match=message) as caught:
         load(source(path, {column: column}, shuffle=False))
     assert caught.value.where.endswith("row 1")
+    assert "BytesIO" not in caught.value.message
+
+
+def test_a_bad_media_file_is_named(tmp_path):
+    (tmp_path / "bad.bin").write_bytes(b"neither")
+    path = parquet(tmp_path / "m.parquet", image=["bad.bin"], audio=["bad.bin"])
+    for kind in ("image", "audio"):
+        with pytest.raises(RecipeError, match=rf"the {kind} bad\.bin cannot be decoded"):
+            load(source(path, {kind: kind}))
 
 
 def test_missing_media_files_and_empty_cells(tmp_path):

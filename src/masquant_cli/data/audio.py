@@ -1,11 +1,12 @@
 """Audio columns as mono float32 waveforms, decoded by soundfile and resampled by soxr."""
 
 import io
+import re
 from typing import Any
 
 import numpy as np
 
-from masquant_cli.data.media import read_bytes
+from masquant_cli.data.media import file_of, read_bytes
 from masquant_cli.errors import EnvironmentProblem, RecipeError
 
 SAMPLING_RATE = 16_000  # every Sample holds audio at this rate
@@ -19,7 +20,7 @@ def decode_audio(value: Any, base: str | None, where: str) -> np.ndarray:
     if isinstance(value, dict) and value.get("array") is not None:
         wave, rate = np.asarray(value["array"], dtype=np.float32), int(value["sampling_rate"])
     else:
-        wave, rate = _decode(read_bytes(value, base, where, "audio"), where)
+        wave, rate = _decode(read_bytes(value, base, where, "audio"), where, file_of(value))
     if wave.ndim == 2:  # soundfile: [samples, channels]
         wave = wave.mean(axis=1)
     if wave.size == 0 or not np.isfinite(wave).all():
@@ -39,7 +40,7 @@ def resample(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
     return soxr.resample(wave, rate, target).astype(np.float32, copy=False)
 
 
-def _decode(data: bytes, where: str) -> tuple[np.ndarray, int]:
+def _decode(data: bytes, where: str, name: str) -> tuple[np.ndarray, int]:
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: libsndfile itself is missing
@@ -47,8 +48,9 @@ def _decode(data: bytes, where: str) -> tuple[np.ndarray, int]:
     try:
         wave, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+        reason = re.sub("^Error opening <.*?>: ", "", str(error).strip().rstrip("."))
         raise RecipeError(
-            f"the audio cannot be decoded ({str(error).strip().rstrip('.')})",
+            f"the audio{name} cannot be decoded ({reason})",
             where=where,
             hint="wav, flac, ogg and mp3 can be read; convert or remove this row",
         ) from error

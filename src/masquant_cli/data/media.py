@@ -30,8 +30,15 @@ def read_bytes(value: Any, base: str | None, where: str, kind: str) -> bytes:
     return _read_path(os.fspath(value), base, where, kind)
 
 
+def file_of(value: Any) -> str:
+    """The file that a value names, after a space, for messages; nothing for bare bytes."""
+    path = value.get("path") if isinstance(value, dict) else value
+    return f" {path}" if isinstance(path, str | os.PathLike) else ""
+
+
 def decode_image(value: Any, base: str | None, where: str) -> Image.Image:
     """A column's value as an upright RGB image. Raises RecipeError when it cannot be decoded."""
+    name = file_of(value)
     if not isinstance(value, Image.Image):
         value = read_bytes(value, base, where, "image")
     try:
@@ -43,8 +50,10 @@ def decode_image(value: Any, base: str | None, where: str) -> Image.Image:
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "no known image format" if unknown else f"{type(error).__name__}: {error}"
         raise RecipeError(
-            f"the image cannot be decoded ({type(error).__name__}: {error})",
+            f"the image{name} cannot be decoded ({reason})",
             where=where,
             hint="convert it to PNG or JPEG, or remove this row",
         ) from error

@@ -63,6 +63,8 @@ def _explain(error: Exception, source: Source, where: str) -> MasquantError:
             "the folder holds no data files", where=where, hint="parquet, json, jsonl or csv"
         )
     root = chain[-1]
+    if isinstance(root, StopIteration) or "corresponds to no data" in str(root):
+        return RecipeError(f"split {source.split!r} has no rows", where=where)
     detail = " ".join(str(root).split())[:300] or type(root).__name__
     return RecipeError(
         f"the data cannot be read ({type(root).__name__}: {detail})",

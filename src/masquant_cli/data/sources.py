@@ -234,7 +234,7 @@ def _open(source: Source):
 
 def _load(datasets, name: str, kwargs: dict):
     cache = datasets.config.HF_DATASETS_CACHE
-    if kwargs["streaming"] or _writable(cache):
+    if _writable(cache):  # streams make the folder too
         return datasets.load_dataset(name, **kwargs)
     return datasets.load_dataset(name, cache_dir=_scratch(), **kwargs)
 
