@@ -104,8 +104,8 @@ def load_processor(folder: Path) -> Any:
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise RecipeError(
             f"the processor cannot be loaded: {str(error).splitlines()[0]}", where=str(folder),
-            hint="the folder must hold preprocessor and tokenizer files; some processors need "
-            "`pip install torchvision`",
+            hint="the folder must hold preprocessor and tokenizer files; Qwen's need torchvision: "
+            "pip install 'masquant[vision]'",
         ) from error  # fmt: skip
 
 
