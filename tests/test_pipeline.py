@@ -225,6 +225,9 @@ def test_another_run_may_lend_its_calibration(finished, tmp_path):
     assert states(recipe, tmp_path)["calibrate"] == "todo"
     assert states(recipe, tmp_path, reuse=[finished])["calibrate"] == "cached"
     assert states(small("seed=5"), tmp_path, reuse=[finished])["calibrate"] == "todo"
+    why = pipeline.plan(small("seed=5"), tmp_path, reuse=[finished, tmp_path])[0].why
+    assert f"not reused from {finished}: seed changed: 0 -> 5" in why
+    assert f"not reused from {tmp_path}: never finished" in why
 
 
 @pytest.mark.parametrize(

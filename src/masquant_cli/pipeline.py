@@ -61,7 +61,10 @@ def run(
     done: dict[str, dict] = {}
     with run.lock():
         upstream = ""
-        for step in plan(recipe, run_dir, reuse):
+        steps = plan(recipe, run_dir, reuse)
+        if reuse and steps[0].state != "cached":
+            job.progress.warn(f"calibrating anew: {steps[0].why}")
+        for step in steps:
             manifest = read_manifest(step.folder) if step.state == "cached" else None
             # A stage before it may have been done again and come out differently.
             cached = manifest is not None and manifest.upstream == upstream
@@ -108,9 +111,11 @@ def plan(
         if stage == "calibrate" and state != "cached":
             for other in reuse:
                 candidate = RunDir(Path(other)).stage(stage)
-                if _state(candidate, wanted, reads[stage])[0] == "cached":
+                found, reason = _state(candidate, wanted, reads[stage])
+                if found == "cached":
                     folder, state, why = candidate, "cached", f"reused from {other}"
                     break
+                why += f"; not reused from {other}: {reason}"
         steps.append(StagePlan(stage, state, why, wanted, reads[stage], folder))
     return steps
 
