@@ -11,7 +11,7 @@ from masquant_cli.models.modality import merge_video, token_ids_of
 from masquant_cli.models.names import disk_names, new_disk_names
 from masquant_cli.models.sites import find_sites
 from masquant_cli.runtime.pack import export_tensors, install
-from masquant_cli.runtime.scheme import KINDS, Scheme, with_quantization
+from masquant_cli.runtime.scheme import KINDS, Scheme
 
 
 def scheme_of(model, rank: int = 5, **fields) -> Scheme:
@@ -71,8 +71,8 @@ def export(model, scheme: Scheme, folder: Path, prefix: str = "", outer: dict | 
         if key.endswith(".weight_packed"):
             del disk[known[key.removesuffix("_packed")]]
     save_file(disk | {new[k]: v for k, v in tensors.items()}, file, metadata={"format": "pt"})
-    if outer is not None:
+    config["quantization_config"] = scheme.to_dict()
+    if outer is not None:  # loaded through the thinker's class, which sees only its own part
         config = {**outer, "thinker_config": config}
-    config = with_quantization(config, scheme, "thinker_config")
     (folder / "config.json").write_text(json.dumps(config))
     return folder

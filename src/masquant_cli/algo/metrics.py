@@ -1,7 +1,6 @@
-"""Scores of a quantized model, as pure functions: SQNR, KL, flips, edits and their intervals."""
+"""Scores of a quantized model, as pure functions: SQNR, KL, flips and their intervals."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,12 +13,6 @@ def db(signal: float, noise: float) -> float:
     if noise <= signal * 10 ** (-MAX_DB / 10):
         return MAX_DB
     return max(10 * math.log10(signal / noise), -MAX_DB) if signal > 0 else -MAX_DB
-
-
-def sqnr_db(reference: Tensor, other: Tensor) -> float:
-    """10 log10(sum y^2 / sum (y - y_q)^2) in dB over all elements, accumulated in fp64."""
-    reference, other = reference.double(), other.double()
-    return db(float(reference.square().sum()), float((reference - other).square().sum()))
 
 
 def energies(reference: Tensor, other: Tensor, ids: Tensor, classes: int) -> Tensor:
@@ -44,18 +37,6 @@ def kl_nats(logits: Tensor, other: Tensor) -> Tensor:
 def flips(logits: Tensor, other: Tensor) -> Tensor:
     """Whether the most likely token changed. [T, V], [T, V] -> bool [T]."""
     return logits.argmax(-1) != other.argmax(-1)
-
-
-def edit_distance(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
-    """Levenshtein distance in words: the numerator of the word error rate."""
-    previous = list(range(len(hypothesis) + 1))
-    for i, word in enumerate(reference, 1):
-        current = [i]
-        for j, other in enumerate(hypothesis, 1):
-            step = previous[j - 1] + (word != other)
-            current.append(min(step, previous[j] + 1, current[j - 1] + 1))
-        previous = current
-    return previous[-1]
 
 
 def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -31,11 +31,6 @@ class Family:
     root: str = ""  # module that receives input_ids, "" for the model itself
     subconfig: str = ""  # config attribute that `model_class` is built from, "" for the whole
 
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """Modalities a token of this family can have; video is vision unless a recipe splits it."""
-        return ("text", *self.token_fields)
-
 
 _IMAGE = ("image_token_id", "image_token_index")
 _VIDEO = ("video_token_id", "video_token_index")

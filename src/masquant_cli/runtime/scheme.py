@@ -157,17 +157,6 @@ class Scheme:
         return scheme
 
 
-def with_quantization(config: Mapping, scheme: Scheme, subconfig: str = "") -> dict:
-    """A config.json with the scheme added, also inside `subconfig` where a family has one.
-
-    A full Omni checkpoint is loaded through its thinker class, which sees only that part.
-    """
-    config = {**config, "quantization_config": scheme.to_dict()}
-    if subconfig and isinstance(config.get(subconfig), Mapping):
-        config[subconfig] = {**config[subconfig], "quantization_config": scheme.to_dict()}
-    return config
-
-
 def _whole(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

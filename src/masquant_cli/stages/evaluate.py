@@ -119,11 +119,11 @@ def _accuracy(got: list[str], wanted: list[str]) -> dict:
 def _wer(got: list[str], wanted: list[str], prepared: Prepared) -> dict:
     import jiwer
 
-    value = 100 * jiwer.process_words(wanted, got).wer
-    pairs = [(a.split(), b.split()) for a, b in zip(wanted, got, strict=True)]
-    edits = torch.tensor([metrics.edit_distance(a, b) for a, b in pairs])
-    words = torch.tensor([len(a) for a, _ in pairs])
+    counts = [jiwer.process_words(a, b) for a, b in zip(wanted, got, strict=True)]
+    edits = torch.tensor([c.substitutions + c.deletions + c.insertions for c in counts])
+    words = torch.tensor([c.hits + c.substitutions + c.deletions for c in counts])
     low, high = metrics.bootstrap_ratio(edits, words, seed=prepared.seed)
+    value = 100 * float(edits.sum() / words.sum())
     return _result(value, len(wanted), 100 * low, 100 * high, "bootstrap")
 
 
