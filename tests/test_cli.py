@@ -66,7 +66,10 @@ def pipeline(monkeypatch, tmp_path):
         speeds = {"float": {"tokens_per_second": 5e3}, "quantized": {"tokens_per_second": 1e4}}
         return {
             "prefill": {**speeds, "speedup": 2.0}, "threads": 2, "verdict": ["prefill: faster"],
-            "weight_bytes": {"float": 4_000_000, "quantized": 1_000_000, "ratio": 0.25},
+            "weight_bytes": {
+                "float": 4_000_000, "quantized": 1_000_000, "ratio": 0.25,
+                "float_dtype": "float32", "bf16": 2_000_000, "ratio_bf16": 0.5,
+            },
         }  # fmt: skip
 
     fake = SimpleNamespace(run=run, plan=plan, evaluate=evaluate, bench=bench, calls=calls)
@@ -177,7 +180,9 @@ def test_eval_refuses_an_unknown_task(pipeline, capsys):
 def test_bench_table_and_json(pipeline, capsys):
     assert json.loads(call(capsys, "bench", "-c", "tiny-omni-w4a8", "--json")[1])["threads"] == 2
     out = call(capsys, "bench", "-c", "tiny-omni-w4a8")[1]
-    for cell in ("5,000 tokens/s", "2.00x", "1 MB", "0.250x", "threads: 2", "prefill: faster"):
+    for cell in ("5,000 tokens/s", "2.00x", "1 MB", "0.250x the bytes of float32, 0.500x of bf16"):
+        assert cell in out
+    for cell in ("threads: 2", "prefill: faster"):
         assert cell in out
 
 

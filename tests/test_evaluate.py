@@ -410,11 +410,18 @@ def test_bench_reports_both_models(data, processor, model, small):
     assert ("SLOWER" in result["verdict"][0]) == slower
     assert 0 <= result["argmax_agreement"] <= 1
     linears = {n: m for n, m in small.named_modules() if isinstance(m, MasLinear)}
-    before = sum(
-        t.numel() * 4 for n in linears for t in model.get_submodule(n).state_dict().values()
+    took = result["weight_bytes"]
+    before = sum(4 * model.get_submodule(n).weight.numel() for n in linears)
+    after = sum(
+        tensor.nbytes
+        for module in small.modules()
+        if isinstance(module, MasLinear | MasSite)
+        for name, tensor in module.state_dict().items()
+        if name != "bias"
     )
-    assert result["weight_bytes"]["float"] == before
-    assert 0 < result["weight_bytes"]["quantized"] < before
+    assert (took["float"], took["quantized"], took["float_dtype"]) == (before, after, "float32")
+    assert took["ratio"] == pytest.approx(after / before)
+    assert took["ratio_bf16"] == pytest.approx(2 * took["ratio"])
 
 
 def test_bench_prompt_is_as_long_as_asked_and_ends_in_the_sample(data, processor):

@@ -121,7 +121,9 @@ def benchmark(document: dict[str, Any]) -> None:
     if "weight_bytes" in document:
         took = document["weight_bytes"]
         sizes = [size(took[which]) for which in ("float", "quantized")]
-        rows.append(("quantized linears", *sizes, f"{number(took['ratio'], '.3f')}x the bytes"))
+        ratios = [number(took[key], ".3f") for key in ("ratio", "ratio_bf16")]
+        said = f"{ratios[0]}x the bytes of {took['float_dtype']}, {ratios[1]}x of bf16"
+        rows.append(("quantized linears", *sizes, said))
     _table(("", "float", "quantized", ""), rows, right=(1, 2, 3))
     for key, value in document.items():
         if not isinstance(value, Mapping | list):

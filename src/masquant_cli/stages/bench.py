@@ -37,8 +37,9 @@ def bench(
 
     The prompt is `settings.prompt_tokens` seeded text tokens per row; with `sample` the row
     ends in that sample, media included. Ratios are float time over quantized time: above 1
-    the quantized model is faster. `weight_bytes` counts the decoder linears' parameters and
-    buffers. Raises CheckError when a logit is not finite.
+    the quantized model is faster. `weight_bytes` is of the quantized linears without their
+    biases: "ratio" is against the float model in its `float_dtype` here, "ratio_bf16" against
+    bf16, as export counts. Raises CheckError when a logit is not finite.
     """
     progress = progress or NullProgress()
     progress.stage("bench", settings.repeats, "repeats")
@@ -168,24 +169,31 @@ def _machine(model, float_model) -> dict:
 
 
 def _weight_bytes(float_model, model) -> dict:
-    """Bytes of the quantized linears and their sites, and of the same linears in float."""
+    """Bytes of the quantized linears and their sites, and of the same weights in float."""
     from masquant_cli.runtime.mas_linear import MasLinear, MasSite
 
     quantized = [
         (name, m) for name, m in model.named_modules() if isinstance(m, MasLinear | MasSite)
     ]
-    linears = [name for name, m in quantized if isinstance(m, MasLinear)]
-    before = sum(_bytes(float_model.get_submodule(name)) for name in linears)
+    names = [name for name, m in quantized if isinstance(m, MasLinear)]
+    weights = [float_model.get_submodule(name).weight for name in names]
+    before, bf16 = sum(w.nbytes for w in weights), sum(2 * w.numel() for w in weights)
     after = sum(_bytes(module) for _, module in quantized)
-    ratio = after / before if before else None
-    return {"float": before, "quantized": after, "ratio": ratio}
+    return {
+        "float": before,
+        "quantized": after,
+        "ratio": after / before if before else None,
+        "float_dtype": str(weights[0].dtype).removeprefix("torch.") if weights else None,
+        "bf16": bf16,
+        "ratio_bf16": after / bf16 if bf16 else None,
+    }
 
 
 def _bytes(module: nn.Module) -> int:
-    tensors: Iterator[Tensor] = chain(
-        module.parameters(recurse=False), module.buffers(recurse=False)
+    tensors: Iterator[tuple[str, Tensor]] = chain(
+        module.named_parameters(recurse=False), module.named_buffers(recurse=False)
     )
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for name, tensor in tensors if name != "bias")
 
 
 def _verdict(phase: str, speedup: float, times: dict) -> str:
