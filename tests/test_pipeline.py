@@ -19,6 +19,8 @@ from masquant_cli.rundir import STAGES, RunDir
 from masquant_cli.runtime.context import modality_ids as force_ids
 from masquant_cli.stages.job import Job
 from masquant_cli.stages.judge import is_quantized
+from masquant_cli.stages.probes import load_probes
+from masquant_cli.stages.samples import CalibrationSet, choose_samples
 
 NO_VERIFY = "export.verify=false"
 
@@ -36,6 +38,10 @@ def finished(tmp_path_factory) -> Path:
 def copied(finished, tmp_path) -> Path:
     """The finished run, free to be damaged."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def chosen(job: Job) -> CalibrationSet:
+    return choose_samples(job.recipe, job.loaded, job.progress)
 
 
 def weights_hash(run_dir: Path) -> str:
@@ -130,7 +136,7 @@ def test_sequential_layers_equal_the_full_forward(finished):
     from masquant_cli.models.capture import first_layer_inputs, run_layer
 
     job = Job(small(), Interrupting("", 0))
-    model, samples = job.loaded.model, job.chosen.samples[:6]
+    model, samples = job.loaded.model, chosen(job).samples[:6]
     inputs = encode(job.loaded.processor, samples, for_generation=False)
     ids = modality_ids(inputs["input_ids"], token_ids_of(model.config), job.recipe.modalities)
     batch = first_layer_inputs(model, model.get_submodule(job.layers[0].module), inputs, ids)
@@ -157,7 +163,7 @@ def test_calibration_statistics_are_those_of_a_plain_forward(finished):
     handle = model.get_submodule(site.linears[0]).register_forward_pre_hook(
         lambda _, args: seen.update(x=args[0][0])
     )
-    for sample in job.chosen.samples:
+    for sample in chosen(job).samples:
         inputs = encode(job.loaded.processor, [sample], for_generation=False)
         with torch.no_grad():
             model(**inputs, use_cache=False)
@@ -264,7 +270,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_finished(tmp_path, mo
 
 @pytest.mark.parametrize(
     "code, stderr, problem",
-    [(1, "SafetensorError: No space left on device", "disk is full"), (-9, "", "for memory")],
+    [(1, "SafetensorError: No space left on device", "disk is full"), (-9, "", "too little memory")],
 )
 def test_verification_that_the_machine_stops(copied, monkeypatch, code, stderr, problem):
     from masquant_cli.stages import verify
@@ -432,7 +438,6 @@ def test_bits_methods_and_groups_export_and_answer(finished, tmp_path, recipe):
     )
     assert done["stages"]["calibrate"]["state"] == "cached"
     from masquant_cli.stages.reference import reference_logits
-    from masquant_cli.stages.verify import probe_inputs
 
     job = Job(recipe, Interrupting("", 0))
     for stage in STAGES:
@@ -441,7 +446,7 @@ def test_bits_methods_and_groups_export_and_answer(finished, tmp_path, recipe):
 
         job.finished[stage] = (folder, read_manifest(folder))
     model = load_quantized(done["export_dir"], dtype=torch.float32)
-    for kind, inputs in probe_inputs(job).items():
+    for kind, inputs in load_probes(job).items():
         expected = reference_logits(job, inputs)
         with torch.no_grad():
             found = model(**inputs, use_cache=False).logits
@@ -450,13 +455,9 @@ def test_bits_methods_and_groups_export_and_answer(finished, tmp_path, recipe):
 
 def test_token_quotas_stop_each_modality_on_its_own():
     quota = "calibration.tokens={text: 60, vision: 13, audio: 40}"
-    job = Job(small("calibration.sources.3.limit=10", quota), Interrupting("", 0))
-    kinds = [
-        {p["type"] for m in s.messages for p in m["content"]} - {"text"} for s in job.chosen.samples
-    ]
-    free = Job(small(), Interrupting("", 0)).chosen
-    assert len(job.chosen.samples) < len(free.samples)
-    pictures = [k for k in kinds if "image" in k]
+    limited = chosen(Job(small(quota), Interrupting("", 0)))
+    free = chosen(Job(small(), Interrupting("", 0)))
+    pictures = [s for s in limited.samples if s.media("image")]
     assert len(pictures) == 4  # four tokens each: the fourth passes thirteen
-    assert job.chosen.tokens["audio"] >= 40
-    assert job.chosen.tokens != {} and job.chosen.digest != free.digest
+    assert 40 <= limited.tokens["audio"] < free.tokens["audio"]
+    assert len(limited.samples) < len(free.samples) and limited.digest != free.digest

@@ -1,4 +1,4 @@
-"""What a stage cost: wall seconds and peak resident memory of this process."""
+"""What a stage cost: wall seconds, and peak memory of this process and of its GPU."""
 
 import contextlib
 import resource
@@ -13,6 +13,7 @@ from pathlib import Path
 class Cost:
     seconds: float = 0.0
     peak_bytes: int = 0
+    peak_gpu_bytes: int = 0
 
 
 @contextlib.contextmanager
@@ -20,10 +21,21 @@ def measure() -> Iterator[Cost]:
     """Fill in a `Cost` when the block ends. The peak is the block's own on Linux."""
     cost = Cost()
     _reset_peak()
+    cuda = _cuda()
+    if cuda:
+        cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     yield cost
     cost.seconds = round(time.perf_counter() - start, 3)
     cost.peak_bytes = _peak()
+    if cuda:
+        cost.peak_gpu_bytes = cuda.max_memory_allocated()
+
+
+def _cuda():
+    """torch.cuda where it is loaded and has a device; measuring must not import torch."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
 
 def _reset_peak() -> None:

@@ -77,6 +77,7 @@ def run(
                 "state": "cached" if cached else "done",
                 "seconds": manifest.seconds,
                 "peak_bytes": manifest.peak_bytes,
+                "peak_gpu_bytes": manifest.peak_gpu_bytes,
                 "folder": str(step.folder),
                 **manifest.summary,
             }
@@ -217,6 +218,7 @@ def _run_stage(job, step: StagePlan, seed: int, upstream: str) -> None:
         seed=seed,
         seconds=cost.seconds,
         peak_bytes=cost.peak_bytes,
+        peak_gpu_bytes=cost.peak_gpu_bytes,
         summary=summary,
         versions=versions(),
         reads=step.reads,

@@ -34,6 +34,7 @@ class Manifest:
     seed: int
     seconds: float
     peak_bytes: int
+    peak_gpu_bytes: int
     summary: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
     reads: dict = field(default_factory=dict)  # what the fingerprint hashes

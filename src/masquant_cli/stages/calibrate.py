@@ -14,7 +14,8 @@ from masquant_cli.models.capture import Batch, first_layer_inputs, run_layer, wa
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.sites import LayerSites, Site
 from masquant_cli.stages.job import Job
-from masquant_cli.stages.samples import CalibrationSet, batches
+from masquant_cli.stages.probes import save_probes
+from masquant_cli.stages.samples import CalibrationSet, batches, choose_samples
 
 
 def calibrate(job: Job, folder: Path, fingerprint: str) -> dict:
@@ -25,8 +26,11 @@ def calibrate(job: Job, folder: Path, fingerprint: str) -> dict:
     Raises RecipeError when a modality got no tokens or activations are not finite.
     """
     progress, layers = job.progress, job.layers
+    chosen = choose_samples(job.recipe, job.loaded, progress)
+    # Data on a hub may change between an interruption and its resumption.
+    fingerprint = f"{fingerprint} {chosen.digest}"
     done = [shards.is_done(shards.layer_file(folder, x.layer), fingerprint) for x in layers]
-    chosen = job.chosen
+    save_probes(job, chosen, folder, fingerprint)
     todo = len(layers) - next((i for i, d in enumerate(reversed(done)) if not d), len(layers))
     if todo > 0:
         work = _embed(job, chosen)

@@ -138,26 +138,30 @@ class _Packer:
 
     def __init__(self, job: Job):
         self.job = job
+        self.layer: int | None = None
         self.site: Site | None = None
+        self.solved: dict[str, dict[str, torch.Tensor]] = {}
         self.packed: dict[str, torch.Tensor] = {}
 
     def tensors(self, site: Site, linear: str) -> dict[str, torch.Tensor]:
+        if self.layer != site.layer:
+            self.layer = site.layer
+            self.solved = {s: self.job.read(s, site.layer) for s in ("smooth", "compensate")}
         if self.site is not site:
-            self.site, self.packed = site, _pack(self.job, site)
+            self.site, self.packed = site, _pack(self.job, site, **self.solved)
         owners = (f"{linear}.",)
         if linear == site.linears[0]:
             owners += (f"{site.module}.",)
         return {k: t for k, t in self.packed.items() if k.startswith(owners)}
 
 
-def _pack(job: Job, site: Site) -> dict[str, torch.Tensor]:
-    recipe = job.recipe
-    scale = job.read("smooth", site.layer)[f"{site.kind}.scale"]
-    solved = job.read("compensate", site.layer)
+def _pack(job: Job, site: Site, smooth: dict, compensate: dict) -> dict[str, torch.Tensor]:
+    """The site's tensors, from its layer's solved scales and corrections."""
+    scale = smooth[f"{site.kind}.scale"]
     low_rank = {
-        name: (solved[f"{site.kind}.{name}.lr_a"], solved[f"{site.kind}.{name}.lr_b"])
-        for name in recipe.modalities
-        if f"{site.kind}.{name}.lr_a" in solved
+        name: (compensate[f"{site.kind}.{name}.lr_a"], compensate[f"{site.kind}.{name}.lr_b"])
+        for name in job.recipe.modalities
+        if f"{site.kind}.{name}.lr_a" in compensate
     }
     weights = [job.loaded.model.get_submodule(n).weight.detach().cpu() for n in site.linears]
     return export_tensors(site, weights, scale, low_rank, job.scheme)

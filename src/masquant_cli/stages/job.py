@@ -16,7 +16,6 @@ from masquant_cli.progress import Progress
 from masquant_cli.recipe import SITE_KINDS, Recipe
 from masquant_cli.rundir import Manifest
 from masquant_cli.runtime.scheme import Scheme
-from masquant_cli.stages.samples import CalibrationSet, choose_samples
 
 
 @dataclass
@@ -37,6 +36,13 @@ class Job:
     @cached_property
     def layers(self) -> list[LayerSites]:
         layers = find_sites(self.loaded.model)
+        kinds = set(getattr(self.loaded.model.config.get_text_config(), "layer_types", None) or ())
+        if len(kinds) > 1:
+            raise RecipeError(
+                f"this model mixes attention kinds ({', '.join(sorted(kinds))})",
+                where=self.recipe.model.path,
+                hint="only models whose decoder layers are all alike are supported yet",
+            )
         group = self.recipe.weights.group_size
         for site in layers[0].sites:
             if group and site.in_features % group:
@@ -63,11 +69,6 @@ class Job:
             ranks={site.kind: self.rank(site) for site in self.layers[0].sites},
             sites=SITE_KINDS,
         )
-
-    @cached_property
-    def chosen(self) -> CalibrationSet:
-        """The calibration samples; chosen once, so that their warnings are given once."""
-        return choose_samples(self.recipe, self.loaded, self.progress)
 
     def rank(self, site: Site) -> int:
         """Columns of the site's correction; 0 where the method or the recipe has none."""
