@@ -184,7 +184,7 @@ def _bases(problem: SiteProblem, mas: torch.Tensor) -> dict[str, torch.Tensor]:
     uniform = closed_form_scale(uniform_absmax(problem.absmax), problem.absmax_w)
     own = closed_form_scale(problem.absmax[0], problem.absmax_w)
     found = {"base's eq. 12": own, "uniform": uniform, "half uniform": (own * uniform).sqrt()}
-    return found if torch.equal(own, mas[0]) else {"base's eq. 14": mas[0], **found}
+    return found if torch.equal(own, mas[0]) else {"base's own": mas[0], **found}
 
 
 def _best_start(
