@@ -402,6 +402,12 @@ def test_a_truncated_checkpoint_and_a_config_that_is_no_mapping(model_copy, tmp_
     assert not is_quantized(model_copy)
 
 
+def test_a_model_folder_without_its_tokenizer(model_copy, tmp_path):
+    (model_copy / "tokenizer.json").unlink()
+    with pytest.raises(RecipeError, match="tokenizer has no vocabulary"):
+        pipeline.run(small(f"model.path={model_copy}"), tmp_path / "run")
+
+
 def test_an_unsupported_family_and_a_quantized_checkpoint(finished, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(RecipeError, match="not supported yet"):

@@ -100,7 +100,11 @@ def load_processor(folder: Path) -> Any:
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
+        # Without its file Transformers makes up an empty tokenizer, which encodes nothing.
+        if getattr(getattr(processor, "tokenizer", processor), "vocab_size", None) in (0, 1):
+            raise ValueError("its tokenizer has no vocabulary")
+        return processor
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise RecipeError(
             f"the processor cannot be loaded: {str(error).splitlines()[0]}", where=str(folder),

@@ -177,7 +177,12 @@ def _read_config(path, kwargs: dict) -> dict:
     from transformers import PreTrainedConfig
 
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ArtifactError("there is no config.json in this folder", where=str(path))
+        raise ArtifactError(
+            "there is no config.json in this folder", where=str(path),
+            hint="masquant run writes the checkpoint to RUN/export/model",
+        )  # fmt: skip
+    if not Path(path).exists() and Path(path).is_absolute():
+        raise ArtifactError("no such checkpoint folder", where=str(path))
     hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder") if k in kwargs}
     try:
         return PreTrainedConfig.get_config_dict(str(path), **hub)[0]

@@ -17,7 +17,7 @@ tags: [masquant, quantized, multimodal]
 The decoder's linears are low-bit; towers, embeddings and `lm_head` are untouched.
 
 ```python
-import masquant_cli  # registers the format with Transformers; without it the load is refused
+import masquant_cli  # without it Transformers leaves the packed weights out, and answers noise
 from transformers import AutoProcessor
 
 model = masquant_cli.load_quantized("path/to/this/folder")
