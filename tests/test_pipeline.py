@@ -200,6 +200,7 @@ def test_a_stale_stage_says_what_changed(finished):
     found = why("weights.bits=8")
     assert found["smooth"] == "weights.bits changed: 4 -> 8"
     assert found["export"] == "a stage before it changed"
+    assert why("calibration.sources.0.limit=null")["calibrate"].endswith("limit changed: 10 -> null")
     found = why("calibration.rows=64", "seed=5")["calibrate"]
     assert found == "calibration.rows changed: 48 -> 64, and 1 more"
 
