@@ -200,7 +200,9 @@ def test_a_stale_stage_says_what_changed(finished):
     found = why("weights.bits=8")
     assert found["smooth"] == "weights.bits changed: 4 -> 8"
     assert found["export"] == "a stage before it changed"
-    assert why("calibration.sources.0.limit=null")["calibrate"].endswith("limit changed: 10 -> null")
+    assert why("calibration.sources.0.limit=null")["calibrate"].endswith(
+        "limit changed: 10 -> null"
+    )
     found = why("calibration.rows=64", "seed=5")["calibrate"]
     assert found == "calibration.rows changed: 48 -> 64, and 1 more"
 
@@ -271,7 +273,10 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_finished(tmp_path, mo
 
 @pytest.mark.parametrize(
     "code, stderr, problem",
-    [(1, "SafetensorError: No space left on device", "disk is full"), (-9, "", "too little memory")],
+    [
+        (1, "SafetensorError: No space left on device", "disk is full"),
+        (-9, "", "too little memory"),
+    ],
 )
 def test_verification_that_the_machine_stops(copied, monkeypatch, code, stderr, problem):
     from masquant_cli.stages import verify

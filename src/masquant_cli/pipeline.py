@@ -5,6 +5,7 @@ fingerprint hashes everything its result depends on, so a finished stage whose f
 holds is never repeated, and one whose inputs changed is never trusted.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +181,7 @@ def _changed(old: dict[str, object], new: dict[str, object]) -> str:
     if not keys or not old:
         return "a stage before it changed" if old else "its inputs are not known"
     first = keys[0]
-    values = f"{old.get(first)!s} -> {new.get(first)!s}"
+    values = f"{json.dumps(old.get(first))} -> {json.dumps(new.get(first))}"  # as YAML has them
     # Hashes, and lists that were longer on one side, say nothing to a person.
     brief = len(values) < 60 and "files" not in first and first in old and first in new
     more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
