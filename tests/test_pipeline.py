@@ -83,7 +83,7 @@ def test_exported_site_equals_a_literal_eq_29(finished):
     """In fp64, token by token, from the stages' artifacts and the float weight alone."""
     model = load_quantized(finished / "export/model", dtype=torch.float32)
     job = Job(small(), Interrupting("", 0))
-    layer, site = job.layers[1], job.layers[1]["mlp_in"]
+    site = job.layers[1]["mlp_in"]
     scale = shards.load(finished / "smooth/layers/001.safetensors")["mlp_in.scale"].double()
     solved = shards.load(finished / "compensate/layers/001.safetensors")
     x = torch.randn(1, 9, site.in_features, generator=torch.Generator().manual_seed(0))
@@ -112,7 +112,6 @@ def test_exported_site_equals_a_literal_eq_29(finished):
         with force_ids(model, ids.clamp(max=1)), torch.no_grad():  # audio taken for vision
             wrong = model.get_submodule(name)(x)[0].double()
         assert float((wrong - expected).norm() / expected.norm()) > 1e-2
-    assert layer.layer == 1
 
 
 def test_swapped_modality_scales_are_caught_by_the_export(copied, monkeypatch):
