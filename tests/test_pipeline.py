@@ -320,6 +320,26 @@ def test_a_changed_export_is_not_believed(copied):
     assert states(small(), copied)["export"] == "stale"
 
 
+def test_a_failed_export_keeps_the_one_before_under_another_name(copied, monkeypatch):
+    from masquant_cli.stages import export
+
+    before = weights_hash(copied)
+
+    def fails(*args):
+        raise CheckError("no")
+
+    monkeypatch.setattr(export, "verify", fails)
+    with pytest.raises(CheckError):
+        pipeline.run(small("export.tolerance=0.5"), copied)
+    assert not (copied / "export/model").exists()
+    (copied / "export/model.previous").rename(copied / "export/model")
+    assert weights_hash(copied) == before
+    monkeypatch.undo()
+    pipeline.run(small("export.tolerance=0.5"), copied)
+    assert weights_hash(copied) == before
+    assert {p.name for p in (copied / "export").iterdir()} == {"model", "manifest.json"}
+
+
 def test_asking_for_verification_later_verifies(finished, tmp_path):
     pipeline.run(small(NO_VERIFY), tmp_path, reuse=[finished])
     assert states(small(), tmp_path)["export"] == "stale"

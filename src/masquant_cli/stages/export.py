@@ -47,8 +47,11 @@ def export(job: Job, folder: Path, fingerprint: str) -> dict:
     does not give the reference's logits.
     """
     source = _source(job)
-    partial, final = folder / "model.partial", folder / "model"
+    partial, final, previous = (folder / f"model{s}" for s in (".partial", "", ".previous"))
     shutil.rmtree(partial, ignore_errors=True)
+    if final.exists():  # of another recipe: neither lost nor taken for the new one
+        shutil.rmtree(previous, ignore_errors=True)
+        final.rename(previous)
     with disk_errors(folder):
         partial.mkdir(parents=True)
         sizes = _write_weights(job, source, partial)
@@ -56,8 +59,8 @@ def export(job: Job, folder: Path, fingerprint: str) -> dict:
         _carry_files(source.folder, partial)
         write_card(job, partial, sizes)
     checked = verify(job, partial) if job.recipe.export.verify else None
-    shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
+    shutil.rmtree(previous, ignore_errors=True)
     return {"export_dir": str(final), "bytes": sizes, "verified": checked}
 
 
