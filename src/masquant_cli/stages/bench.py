@@ -20,7 +20,8 @@ from masquant_cli.data.samples import Sample
 from masquant_cli.errors import RecipeError
 from masquant_cli.progress import NullProgress, Progress
 from masquant_cli.recipe import Bench
-from masquant_cli.stages.evaluate import finite_or_fail, greedy
+from masquant_cli.stages.evaluate import greedy
+from masquant_cli.stages.finite import finite_or_fail
 
 
 def bench(

@@ -14,9 +14,10 @@ from torch import Tensor
 from masquant_cli.algo import metrics
 from masquant_cli.data.inputs import model_inputs, tokenizer_of
 from masquant_cli.data.text import normalise
-from masquant_cli.errors import CheckError, RecipeError
+from masquant_cli.errors import RecipeError
 from masquant_cli.progress import NullProgress, Progress
 from masquant_cli.recipe import Evaluation, Modality
+from masquant_cli.stages.finite import finite_or_fail
 from masquant_cli.stages.prepare import Prepared, batches, prepare, prepare_all
 
 __all__ = ["Prepared", "evaluate", "prepare", "prepare_all", "score"]
@@ -98,16 +99,6 @@ def score(
             for key, expected, text in zip(prepared.keys, prepared.references, texts, strict=True)
         ]
     return result
-
-
-def finite_or_fail(logits: Tensor, what: str) -> None:
-    """Raise CheckError unless every logit is a number; -inf is a legal way to forbid a token."""
-    if bool(torch.isnan(logits).any() | (logits == torch.inf).any()):
-        raise CheckError(
-            "the model's logits hold NaN or infinity",
-            where=what,
-            hint="the weights or scales are broken: calibrate again, or try model.dtype=float32",
-        )
 
 
 def _accuracy(got: list[str], wanted: list[str]) -> dict:

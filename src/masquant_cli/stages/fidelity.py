@@ -19,7 +19,7 @@ from masquant_cli.errors import CheckError
 from masquant_cli.models.modality import modality_ids
 from masquant_cli.progress import NullProgress, Progress
 from masquant_cli.recipe import Evaluation, Modality
-from masquant_cli.stages.evaluate import finite_or_fail
+from masquant_cli.stages.finite import finite_or_fail
 from masquant_cli.stages.prepare import reference, task_samples
 
 
