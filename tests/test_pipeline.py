@@ -477,8 +477,9 @@ def test_bits_methods_and_groups_export_and_answer(finished, tmp_path, recipe):
 
         job.finished[stage] = (folder, read_manifest(folder))
     model = load_quantized(done["export_dir"], dtype=torch.float32)
-    for kind, inputs in load_probes(job).items():
-        expected = reference_logits(job, inputs)
+    probes = load_probes(job)
+    for kind, expected in reference_logits(job, probes).items():
+        inputs = probes[kind]
         with torch.no_grad():
             found = model(**inputs, use_cache=False).logits
         assert float((found - expected).norm() / expected.norm()) < 1e-5, kind

@@ -24,6 +24,7 @@ def demo(run_root: Path, *, progress: Progress | None = None, samples: int | Non
     """
     from masquant_cli.models.loading import load_float
     from masquant_cli.stages.evaluate import evaluate
+    from masquant_cli.stages.judge import load_beside
     from masquant_cli.stages.prepare import prepare_all
 
     progress = progress or NullProgress()
@@ -67,7 +68,7 @@ def demo(run_root: Path, *, progress: Progress | None = None, samples: int | Non
             )
             shared = shared or [Path(done["run_dir"])]
             runs[f"{name}-{method}"] = done
-            model = _load(done["export_dir"], original.model)
+            model = load_beside(original.model, Path(done["export_dir"]), progress)
             size = done["stages"]["export"]["bytes"]["quantized"]
             rows.append(_row(method, bits, judge(model, original.model), size))
     ours = runs[f"{RECIPES[0]}-masquant"]["export_dir"]
@@ -94,12 +95,6 @@ def _verified_if_ours(recipe: Recipe) -> Recipe:
     """The baselines are not for shipping: spare their reload in a fresh process."""
     export = recipe.export.model_copy(update={"verify": recipe.method == "masquant"})
     return recipe.model_copy(update={"export": export})
-
-
-def _load(folder: str, original):
-    from masquant_cli.runtime import load_quantized
-
-    return load_quantized(folder, dtype=original.dtype).to(original.device).eval()
 
 
 def _row(method: str, bits: str, found: dict, size: int | None) -> dict:

@@ -27,8 +27,6 @@ from masquant_cli.rundir import (
     write_manifest,
 )
 
-WHY_TODO = "never finished"
-
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -167,7 +165,7 @@ def _device(recipe: recipes.Recipe) -> str:
 def _state(folder: Path, wanted: str, reads: dict) -> tuple[str, str]:
     manifest = read_manifest(folder)
     if manifest is None:
-        return "todo", WHY_TODO
+        return "todo", "never finished"
     if manifest.fingerprint != wanted:
         return "stale", _changed(_flat(manifest.reads), _flat(reads))
     if lost := damaged_output(folder, manifest):

@@ -57,6 +57,15 @@ def output_covariance(
     return image.T @ image
 
 
+def output_energy(
+    weight: torch.Tensor, gram: torch.Tensor | None = None, rows: torch.Tensor | None = None
+) -> float:
+    """||X W.T||_F^2 for W [out, in], from the Gram [in, in] of X or from rows [n, in] of it."""
+    if rows is not None:
+        return float((rows @ weight.T).square().sum())
+    return max(0.0, float((weight @ gram * weight).sum()))
+
+
 def best_low_rank(
     delta: torch.Tensor,
     rank: int,
@@ -83,7 +92,7 @@ def best_low_rank(
         factor = rows.double() if rows is not None else _square_root(gram)
         image = factor @ delta.double().T
         values, u = _eigh_descending(image @ image.T)
-        v = _orthonormal(image.T @ u[:, :rank])
+        v = torch.linalg.qr(image.T @ u[:, :rank]).Q
     return _assemble(delta, v, values)
 
 
@@ -94,7 +103,7 @@ def unwhitened_low_rank(delta: torch.Tensor, rank: int) -> LowRank:
         v = vectors[:, :rank]
     else:
         values, u = _eigh_descending(delta.double().T @ delta.double())
-        v = _orthonormal(delta.double() @ u[:, :rank])
+        v = torch.linalg.qr(delta.double() @ u[:, :rank]).Q
     found = _assemble(delta, v, values)
     # The spectrum is that of D, not of X D.T.
     return replace(found, complete=False)
@@ -169,8 +178,7 @@ def _subspace(delta, rank, gram, rows) -> LowRank:
     values, inner = _eigh_descending(v.T @ apply(v))
     found = _assemble(delta, (v.double() @ inner)[:, :rank], values)
     # trace(D G D.T) is the whole energy, of which `values` holds the top.
-    total = (delta @ gram * delta).sum() if gram is not None else (rows @ delta.T).square().sum()
-    return replace(found, energy=float(total), complete=False)
+    return replace(found, energy=output_energy(delta, gram, rows), complete=False)
 
 
 def _eigh_descending(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,7 +190,3 @@ def _square_root(gram: torch.Tensor) -> torch.Tensor:
     """F with F.T F = gram; tiny negative eigenvalues of an fp32 Gram are rounding, and dropped."""
     values, vectors = torch.linalg.eigh(gram.double())
     return (vectors * values.clamp_min(0).sqrt()).T
-
-
-def _orthonormal(v: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.qr(v).Q

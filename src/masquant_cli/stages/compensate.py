@@ -12,6 +12,7 @@ from masquant_cli.algo.low_rank import (
     LowRank,
     best_low_rank,
     effective_rank,
+    output_energy,
     singular_values,
     smoothed_gram,
     unwhitened_low_rank,
@@ -88,13 +89,18 @@ def _site(
             f"{key}.lr_b": lr_b,
             f"{key}.singular_values": found.singular_values,
         }
-        notes[key] = _report(found, delta, smoothed, _energy(weight * scale[m], **smoothed))
+        rest = delta - (lr_a.float() @ lr_b.float()).T
+        notes[key] = _report(found, weight * scale[m], delta, rest, smoothed)
 
 
-def _report(found: LowRank, delta: torch.Tensor, smoothed: dict, signal: float) -> dict:
-    """What the stored (fp16) correction achieves; effective ranks where all of the spectrum is."""
-    stored = (found.lr_a.half().float() @ found.lr_b.half().float()).T
-    energy, remaining = _energy(delta, **smoothed), _energy(delta - stored, **smoothed)
+def _report(
+    found: LowRank, smooth_weight: torch.Tensor, delta: torch.Tensor, rest: torch.Tensor, x: dict
+) -> dict:
+    """What the stored (fp16) correction leaves, `rest`, for the inputs `x` (a Gram or rows).
+
+    Effective ranks only where all of the spectrum is known.
+    """
+    signal, energy, remaining = (output_energy(w, **x) for w in (smooth_weight, delta, rest))
     note = {
         "rank": found.lr_b.shape[0],
         "residual_energy_left": round(remaining / max(energy, 1e-30), 6),
@@ -104,12 +110,3 @@ def _report(found: LowRank, delta: torch.Tensor, smoothed: dict, signal: float) 
         note["effective_rank_unwhitened"] = round(effective_rank(singular_values(delta)), 2)
         note["effective_rank_whitened"] = round(effective_rank(found.singular_values), 2)
     return note
-
-
-def _energy(
-    weight: torch.Tensor, gram: torch.Tensor | None = None, rows: torch.Tensor | None = None
-) -> float:
-    """||X W.T||_F^2 of smoothed activations, from their Gram or from rows."""
-    if rows is not None:
-        return float((rows @ weight.T).square().sum())
-    return max(0.0, float((weight @ gram * weight).sum()))

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from masquant_cli.errors import RecipeError
-from masquant_cli.models.families import Family, family_of
+from masquant_cli.models.families import family_of
 from masquant_cli.models.names import disk_names, new_disk_names
 from masquant_cli.models.resolve import model_files
 from masquant_cli.models.sites import Site
@@ -67,7 +67,7 @@ def export(job: Job, folder: Path, fingerprint: str) -> dict:
 def _source(job: Job) -> Source:
     folder = job.loaded.path
     config = json.loads((folder / "config.json").read_text())
-    family: Family = family_of(job.loaded.model.config)
+    family = family_of(job.loaded.model.config)
     prefix = ""
     if (outer := config.get("thinker_config")) is not None:
         prefix, config = "thinker.", {**outer, "model_type": family.model_type}
@@ -105,17 +105,17 @@ def _write_weights(job: Job, source: Source, folder: Path) -> dict[str, int]:
         )  # fmt: skip
     index: dict[str, str] = {}
     sizes = {"float": 0, "quantized": 0, "total": 0}
+    packer = _Packer(job)
     job.progress.stage("export", len(source.files), "files")
     for file in source.files:
         written: dict[str, torch.Tensor] = {}
-        packed = _Packer(job)
         with safe_open(source.folder / file, framework="pt") as tensors:
             for key in keys[file]:
                 if source.prefix and not key.startswith(source.prefix):
                     continue
                 if (module := module_of.get(key)) in replaced:
                     site, linear = replaced[module]
-                    new = packed.tensors(site, linear)
+                    new = packer.tensors(site, linear)
                     disk = new_disk_names(new, names)
                     written |= {disk[k].removeprefix(source.prefix): t for k, t in new.items()}
                     sizes["float"] += job.loaded.model.get_submodule(linear).weight.numel() * 2
@@ -137,25 +137,27 @@ def _write_weights(job: Job, source: Source, folder: Path) -> dict[str, int]:
 
 
 class _Packer:
-    """Packs a site once and hands out each linear's share (the first also gets the site's own)."""
+    """Packs each site of a layer once, in whatever order a file lists its linears.
+
+    Hands out each linear's share; a site's first linear also brings the site's own tensors.
+    """
 
     def __init__(self, job: Job):
         self.job = job
         self.layer: int | None = None
-        self.site: Site | None = None
         self.solved: dict[str, dict[str, torch.Tensor]] = {}
-        self.packed: dict[str, torch.Tensor] = {}
+        self.packed: dict[str, dict[str, torch.Tensor]] = {}  # by site kind
 
     def tensors(self, site: Site, linear: str) -> dict[str, torch.Tensor]:
         if self.layer != site.layer:
-            self.layer = site.layer
+            self.layer, self.packed = site.layer, {}
             self.solved = {s: self.job.read(s, site.layer) for s in ("smooth", "compensate")}
-        if self.site is not site:
-            self.site, self.packed = site, _pack(self.job, site, **self.solved)
+        if site.kind not in self.packed:
+            self.packed[site.kind] = _pack(self.job, site, **self.solved)
         owners = (f"{linear}.",)
         if linear == site.linears[0]:
             owners += (f"{site.module}.",)
-        return {k: t for k, t in self.packed.items() if k.startswith(owners)}
+        return {k: t for k, t in self.packed[site.kind].items() if k.startswith(owners)}
 
 
 def _pack(job: Job, site: Site, smooth: dict, compensate: dict) -> dict[str, torch.Tensor]:

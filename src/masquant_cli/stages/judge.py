@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-import torch
+from torch import nn
 
 from masquant_cli.data.samples import load_samples
 from masquant_cli.errors import RecipeError
@@ -27,9 +27,8 @@ def evaluate_folder(
     float_model = None
     if is_quantized(folder):
         original = _float(recipe, against, progress)
-        float_model, device = original.model, original.model.device
-        model = _quantized(folder, device, original.model.dtype, progress)
-        processor = original.processor
+        float_model, processor = original.model, original.processor
+        model = load_beside(original.model, folder, progress)
     else:
         loaded = load_float(Model(path=str(folder), dtype=recipe.model.dtype), recipe.device)
         model, processor = loaded.model, loaded.processor
@@ -53,7 +52,7 @@ def bench_folder(recipe: Recipe, folder: Path, *, against: Path | None, progress
             where=str(folder), hint="give --model an exported folder",
         )  # fmt: skip
     original = _float(recipe, against, progress)
-    model = _quantized(folder, original.model.device, original.model.dtype, progress)
+    model = load_beside(original.model, folder, progress)
     source = recipe.calibration.sources[0]
     sample = next(load_samples(source, seed=recipe.seed, modalities=recipe.modalities))
     return bench(
@@ -85,6 +84,7 @@ def _float(recipe: Recipe, against: Path | None, progress: Progress) -> Loaded:
     return load_float(spec, recipe.device)
 
 
-def _quantized(folder: Path, device: torch.device, dtype: torch.dtype, progress: Progress):
+def load_beside(float_model: nn.Module, folder: Path, progress: Progress) -> nn.Module:
+    """An exported folder on the device and in the dtype of its float model."""
     progress.note(f"loading {folder}")
-    return load_quantized(folder, dtype=dtype).to(device).eval()
+    return load_quantized(folder, dtype=float_model.dtype).to(float_model.device).eval()

@@ -6,6 +6,7 @@ against it.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from masquant_kernels.quantizers import quantize_weight
@@ -14,35 +15,46 @@ from masquant_cli.algo.linear import compensated_linear
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.sites import Site
 from masquant_cli.stages.job import Job
+from masquant_cli.stages.probes import Probes
 
 
 @torch.no_grad()
-def reference_logits(job: Job, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits [B, T, vocabulary] f32 of the solved model for one encoded batch."""
+def reference_logits(job: Job, probes: Probes) -> dict[str, torch.Tensor]:
+    """Logits [B, T, vocabulary] f32 of the solved model for every encoded batch, by its kind."""
     model = job.loaded.model
-    inputs = {k: v.to(model.device) for k, v in inputs.items()}
     tokens = token_ids_of(model.config)
-    ids = modality_ids(inputs["input_ids"], tokens, job.recipe.modalities)
-    with _fake_quantized(job, ids):
-        return model(**inputs, use_cache=False).logits.float().cpu()
+    logits = {}
+    with _fake_quantized(job) as now:
+        for kind, inputs in probes.items():
+            inputs = {k: v.to(model.device) for k, v in inputs.items()}
+            now.ids = modality_ids(inputs["input_ids"], tokens, job.recipe.modalities)
+            logits[kind] = model(**inputs, use_cache=False).logits.float().cpu()
+    return logits
+
+
+@dataclass
+class _Now:
+    """The modalities of the batch that is running."""
+
+    ids: torch.Tensor | None = None
 
 
 @contextlib.contextmanager
-def _fake_quantized(job: Job, ids: torch.Tensor) -> Iterator[None]:
-    handles = []
+def _fake_quantized(job: Job) -> Iterator[_Now]:
+    now, handles = _Now(), []
     try:
         for layer in job.layers:
             scales = job.read("smooth", layer.layer)
             low_rank = job.read("compensate", layer.layer)
             for site in layer.sites:
-                handles += _replace(job, site, scales, low_rank, ids)
-        yield
+                handles += _replace(job, site, scales, low_rank, now)
+        yield now
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _replace(job: Job, site: Site, scales: dict, low_rank: dict, ids: torch.Tensor) -> list:
+def _replace(job: Job, site: Site, scales: dict, low_rank: dict, now: _Now) -> list:
     recipe, device = job.recipe, job.loaded.model.device
     scale = scales[f"{site.kind}.scale"].to(device)
     options = recipe.weights
@@ -67,7 +79,7 @@ def _replace(job: Job, site: Site, scales: dict, low_rank: dict, ids: torch.Tens
 
         def hook(module, args, output, base=base, mine=mine):
             y = compensated_linear(
-                args[0], ids, base, scale, recipe.activations.bits, mine, module.bias
+                args[0], now.ids, base, scale, recipe.activations.bits, mine, module.bias
             )
             return y.to(output.dtype)
 

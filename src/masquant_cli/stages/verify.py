@@ -28,7 +28,7 @@ def verify(job: Job, folder: Path) -> dict[str, float]:
     """
     probes = load_probes(job)
     job.progress.stage("verify", len(probes), "inputs")
-    reference = {kind: reference_logits(job, inputs) for kind, inputs in probes.items()}
+    reference = reference_logits(job, probes)
     with tempfile.TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         asked, answered = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
         save_file(flatten(probes), asked)
