@@ -1,0 +1,118 @@
+"""What a compiled kernel's machine code says: registers, spills, tensor-core opcodes, its main loop.
+
+Read from PTX and, with the wheel's own cuobjdump and nvdisasm, from the cubin: no GPU is needed.
+"""
+
+import collections
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+
+# Shared memory one block may use, in bytes.
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_OPCODE = re.compile(r"^\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)\s*(.*)$")
+_BRANCH = re.compile(r"`\((\.\w+)\)")
+_PTX_MMA = re.compile(r"\b((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*)")
+_SASS_MMA = re.compile(r"^(I|H|Q|D|B)G?MMA$|^UTC\w*MMA$")
+_INTEGER_MMA = re.compile(r"^IG?MMA$|^UTCI\w*MMA$")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    opcode: str  # IGMMA
+    modifiers: str  # .64x128x32.S8.S8
+    operands: str  # R24, R200, gdesc[UR8], R24, gsb0
+
+    def __str__(self) -> str:
+        return f"{self.opcode}{self.modifiers} {self.operands}"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`main_loop` is the innermost loop of tensor-core instructions, integer ones first; () without."""
+
+    kernel: str
+    arch: int
+    constants: str  # tile sizes and other compile-time values
+    registers: int
+    spills: int  # instructions that store to or load from local memory
+    shared: int  # bytes
+    mma: tuple[str, ...]  # tensor-core opcodes of the PTX
+    main_loop: tuple[Instruction, ...]
+
+    @property
+    def shared_limit(self) -> int:
+        return SHARED_LIMIT[self.arch]
+
+    @property
+    def permutes(self) -> int:
+        """PRMT in the main loop: bytes moved one by one, which an int4 unpack must not need."""
+        return sum(i.opcode == "PRMT" for i in self.main_loop)
+
+    @property
+    def waits(self) -> tuple[int, ...]:
+        """For each wait for wgmma in the main loop, how many groups may stay in flight."""
+        found = (
+            re.fullmatch(r"gsb0, (0x[0-9a-f]+)", i.operands)
+            for i in self.main_loop
+            if i.opcode == "WARPGROUP" and i.modifiers == ".DEPBAR.LE"
+        )
+        return tuple(int(m[1], 16) for m in found if m)
+
+
+def facts(name: str, arch: int, constants: str, ptx: str, cubin: bytes, shared: int) -> Facts:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    code, labels = _parse(sass)
+    opcodes = collections.Counter(i.opcode for i in code)
+    return Facts(
+        kernel=name,
+        arch=arch,
+        constants=constants,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spills=opcodes["STL"] + opcodes["LDL"],
+        shared=shared,
+        mma=tuple(sorted(set(_PTX_MMA.findall(ptx)))),
+        main_loop=_main_loop(code, labels),
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([_TOOLS / name, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
+    """Instructions in order, and the index at which each label stands."""
+    code: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif (text := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line)) and (
+            found := _OPCODE.match(text[1])
+        ):
+            code.append(Instruction(*found.groups()))
+    return code, labels
+
+
+def _main_loop(code: list[Instruction], labels: dict[str, int]) -> tuple[Instruction, ...]:
+    loops = []
+    for end, instruction in enumerate(code):
+        target = _BRANCH.search(instruction.operands) if instruction.opcode == "BRA" else None
+        if target and (start := labels[target[1]]) <= end:
+            loops.append(code[start : end + 1])
+    for kind in (_INTEGER_MMA, _SASS_MMA):
+        holding = [loop for loop in loops if any(kind.match(i.opcode) for i in loop)]
+        if holding:
+            return tuple(min(holding, key=len))
+    return ()
