@@ -45,16 +45,16 @@ class Block(nn.Module):
         self.config = config
         self.context = ModalityContext(config.modalities, config.token_ids)
         rank = config.rank("attn_in")
-        self.shared = MasSite(columns, len(outs), rank, config)
+        self.shared = MasSite(columns, rank, config)
         self.linears = nn.ModuleList(
             MasLinear(columns, out, rank, config, torch.float32) for out in outs
         )
         self.shared.context = self.context
         self._fill(self.shared, "block.attn_in")
         for name, linear, bias in zip(names, self.linears, self.biases, strict=True):
-            linear.bind(self.shared)
             self._fill(linear, name)
             linear.bias.copy_(bias)
+        self.shared.bind(self.linears)
 
     def _fill(self, module, name):
         prefix = f"{name}."
@@ -154,10 +154,10 @@ def test_the_documented_example_with_numpy_alone():
         ranks=given["quantization_config"]["ranks"],
         sites=("attn_out",),
     )
-    shared = MasSite(given["in"], 1, 1, config)
+    shared = MasSite(given["in"], 1, config)
     shared.context = ModalityContext(config.modalities, config.token_ids)
     linear = MasLinear(given["in"], given["out"], 1, config, torch.float32)
-    linear.bind(shared)
+    shared.bind([linear])
     packed = np.array([list(bytes.fromhex(r)) for r in given["weight_packed"]], np.uint8)
     shared.load_state_dict(
         {

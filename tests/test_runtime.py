@@ -13,8 +13,8 @@ from masquant_cli.errors import ArtifactError, RecipeError
 from masquant_cli.models.modality import modality_ids as ids_of_tokens
 from masquant_cli.models.sites import find_sites
 from masquant_cli.runtime import modality_ids
+from masquant_cli.runtime.install import install
 from masquant_cli.runtime.mas_linear import MasSite
-from masquant_cli.runtime.pack import install
 
 
 def relative(got, want) -> float:
@@ -158,9 +158,9 @@ def test_a_site_is_computed_once_for_all_its_linears(omni, monkeypatch):
     counts: dict[int, int] = {}
     compute = MasSite.compute
 
-    def counting(self, x):
+    def counting(self, *args):
         counts[id(self)] = counts.get(id(self), 0) + 1
-        return compute(self, x)
+        return compute(self, *args)
 
     monkeypatch.setattr(MasSite, "compute", counting)
     omni(**tiny_models.omni_inputs())

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from masquant_cli.models.modality import merge_video, token_ids_of
 from masquant_cli.models.names import disk_names, new_disk_names
 from masquant_cli.models.sites import find_sites
-from masquant_cli.runtime.pack import export_tensors, install
+from masquant_cli.runtime.install import install
+from masquant_cli.runtime.pack import export_tensors
 from masquant_cli.runtime.scheme import KINDS, Scheme
 
 

@@ -17,6 +17,11 @@ LLAMA_SITES: Mapping[str, tuple[str, ...]] = {
     "mlp_in": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp_out": ("mlp.down_proj",),
 }
+# site kind -> the norm whose output is read by that site's linears and by nothing else.
+LLAMA_NORMS: Mapping[str, str] = {
+    "attn_in": "input_layernorm",
+    "mlp_in": "post_attention_layernorm",
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Family:
     layers: tuple[str, ...]  # decoder layers; the first that exists (they moved between releases)
     token_fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # modality -> names
     sites: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: LLAMA_SITES)
+    norms: Mapping[str, str] = field(default_factory=lambda: LLAMA_NORMS)
+    mlp: str = "mlp"  # block that computes down_proj(act(gate_proj(x)) * up_proj(x))
     root: str = ""  # module that receives input_ids, "" for the model itself
     subconfig: str = ""  # config attribute that `model_class` is built from, "" for the whole
 

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +22,26 @@ _TYPE_IDS = {1: "vision", 2: "video", 3: "audio"}
 log = logging.getLogger(__name__)
 
 
-class Batch(NamedTuple):
-    """Modalities of the tokens of one forward pass."""
+class Batch:
+    """Modalities of the tokens of one forward pass. ids: int64 [batch, tokens]."""
 
-    ids: Tensor  # int64 [batch, tokens]
-    rows: tuple[tuple[int, Tensor], ...]  # (modality, flat positions) of each non-base one present
+    def __init__(self, ids: Tensor, mixed: bool):
+        self.ids = ids
+        self._modality: dict[torch.device, Tensor] | None = {} if mixed else None
+
+    def on(self, device: torch.device) -> Tensor | None:
+        """int32 [batch * tokens] as the ops take it, made once for all layers on a device.
+
+        None when every token is of the base modality: then there is no low-rank work.
+        """
+        if self._modality is None:
+            return None
+        if device not in self._modality:
+            self._modality[device] = self.ids.flatten().to(device, torch.int32)
+        return self._modality[device]
+
+
+_BASE = Batch(torch.empty(0, dtype=torch.int64), mixed=False)
 
 
 class _State(threading.local):
@@ -37,7 +51,8 @@ class _State(threading.local):
     source: Tensor | None = None  # the input_ids that `batch` was computed from
     batch: Batch | None = None
     forced: Tensor | None = None  # set by `modality_ids`
-    cache: dict | None = None  # site -> its last quantized input (mas_linear.py)
+    cache: dict | None = None  # site -> the outputs that its linears will ask for (mas_linear.py)
+    unnormed: tuple = (None, None)  # a norm and the tensor whose norming it left to its site
     warned = False
 
 
@@ -57,22 +72,19 @@ class ModalityContext:
         return ModalityContext, (self.modalities, self.token_ids)
 
     def batch(self, ids: Tensor) -> Batch:
-        """Check ids and find the rows of each non-base modality, once for all layers."""
+        """Check ids, once for all layers; the one time in a pass that the device is waited for."""
         if ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"modality ids are integers, got {ids.dtype}")
         ids = ids.long()
         if not ids.numel():
-            return Batch(ids, ())
-        low, high = int(ids.min()), int(ids.max())
+            return Batch(ids, mixed=False)
+        low, high = torch.stack(ids.aminmax()).tolist()
         if low < 0 or high >= len(self.modalities):
             raise ValueError(
                 f"modality ids lie in 0..{len(self.modalities) - 1} ({', '.join(self.modalities)}),"
                 f" got {low}..{high}"
             )
-        flat = ids.flatten()
-        present = flat.unique().tolist() if high else []
-        rows = tuple((m, (flat == m).nonzero().flatten()) for m in present if m)
-        return Batch(ids, rows)
+        return Batch(ids, mixed=high > 0)
 
     def current(self, shape: torch.Size) -> Batch:
         """The batch that hidden states of shape [..., in] belong to; ValueError if none fits."""
@@ -82,7 +94,7 @@ class ModalityContext:
         elif state.forced is not None:  # a layer called on its own, inside `modality_ids`
             batch = self.batch(state.forced)
         elif len(self.modalities) == 1:
-            return Batch(torch.empty(0, dtype=torch.int64), ())
+            return _BASE
         else:
             raise ValueError(
                 "the modality of these tokens is unknown: a quantized layer ran outside the "
@@ -106,7 +118,7 @@ class ModalityContext:
         if inner and (input_ids is None or input_ids is state.source):
             return
         if not inner:
-            state.owner, state.cache = module, {}
+            state.owner, state.cache, state.unnormed = module, {}, (None, None)
         state.batch = None  # nothing stale may survive an error below
         state.batch, state.source = self._identify(input_ids, kwargs), input_ids
 
@@ -114,6 +126,7 @@ class ModalityContext:
         state = self.state
         if state.owner is module:
             state.owner = state.source = state.batch = state.cache = None
+            state.unnormed = None, None
 
     def _identify(self, input_ids: Tensor | None, kwargs: dict) -> Batch | None:
         embeds, forced = kwargs.get("inputs_embeds"), self.state.forced

@@ -18,7 +18,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from masquant_cli.errors import ArtifactError, EnvironmentProblem, MasquantError
 from masquant_cli.models.families import FAMILIES
-from masquant_cli.runtime.pack import SUFFIXES, check_tensors, install
+from masquant_cli.runtime.install import fuse_sites, install
+from masquant_cli.runtime.pack import SUFFIXES, check_tensors
 from masquant_cli.runtime.scheme import QUANT_METHOD, Scheme
 
 
@@ -66,6 +67,7 @@ class MasquantHfQuantizer(HfQuantizer):
             wanted = self._dtypes.get(key, value.dtype)
             if value.dtype != wanted and not any(name in key for name in exempt):
                 value.data = value.data.to(wanted)
+        fuse_sites(model)
         return model
 
     def is_serializable(self, *args, **kwargs) -> bool:

@@ -2,40 +2,35 @@
 
     y = Q(x / s_m) @ Qw.T + (x / s_m) @ lr_a[m-1] @ lr_b[m-1] + bias      (no lr for m = 0)
 
-A MasSite smooths, quantizes and projects (lr_a) the input once for all linears that read
-it; a MasLinear holds one packed weight. This is the plain torch definition, on any device.
+A MasLinear holds one packed weight. A MasSite runs all linears that read one input as one
+(fused.py), on the ops of masquant_kernels; blocks.py gives it the norm or SiLU in front.
 """
 
 import contextlib
+import threading
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from masquant_kernels import (
-    QWeight,
-    dequantize_weight,
-    packed_columns,
-    quantize_rows,
-    unpack_int4,
-)
+from masquant_kernels import ops, packed_columns, reference
 from torch import Tensor, nn
 
+from masquant_cli.runtime.blocks import MasRMSNorm
 from masquant_cli.runtime.context import ModalityContext
+from masquant_cli.runtime.fused import Weights, fuse, places, weights_of
 from masquant_cli.runtime.scheme import Scheme
 
-
-class SiteInput(NamedTuple):
-    """One smoothed input, ready for every linear of its site. T is all tokens of the batch."""
-
-    q: Tensor  # f32 [T, in]: integers, or the smoothed values when activations stay floats
-    scale: Tensor | None  # f32 [T, 1]
-    low_rank: tuple[tuple[int, Tensor, Tensor], ...]  # (m, rows [n], hidden f32 [n, r])
+_FAST = SimpleNamespace(**{name: getattr(torch.ops.masquant, name).default for name in ops.SCHEMAS})
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_fusing = threading.Lock()
 
 
 class _Cached(NamedTuple):
     x: Tensor  # held, so that identity cannot be confused by a recycled object
     version: int | None
     grad: bool
-    value: SiteInput
+    outputs: tuple[Tensor, ...]  # one per linear
     uses_left: int
 
 
@@ -46,8 +41,11 @@ def _fp32(x: Tensor):
     return contextlib.nullcontext()
 
 
-class _FixedDtype(nn.Module):
-    """A module whose buffers keep their dtypes under `.to(dtype)`: scales are f32 by definition."""
+class _Quantized(nn.Module):
+    """A module whose buffers keep their dtypes under `.to(dtype)`: scales are f32 by definition.
+
+    Copies and pickles get tensors of their own, not the fused ones that they are views of.
+    """
 
     def _apply(self, fn, recurse=True):
         def keep(tensor: Tensor) -> Tensor:
@@ -56,17 +54,22 @@ class _FixedDtype(nn.Module):
 
         return super()._apply(keep, recurse)
 
+    def __getstate__(self):
+        own = {k: t if t is None else t.clone() for k, t in self._buffers.items()}
+        return {**self.__dict__, "_buffers": own}
 
-class MasSite(_FixedDtype):
-    """Smoothing, quantization and L1 of one site.
+
+class MasSite(_Quantized):
+    """Smoothing, quantization and L1 of one site, and the GEMM of all its linears.
 
     Buffers: smooth_inv f32 [M, in] = 1 / s; lr_a f16 [M-1, in, r] when the rank is not 0.
     """
 
-    def __init__(self, in_features: int, members: int, rank: int, scheme: Scheme, device=None):
+    def __init__(self, in_features: int, rank: int, scheme: Scheme, device=None):
         super().__init__()
-        self.in_features, self.members, self.rank = in_features, members, rank
-        self.activation_bits = scheme.activation_bits
+        self.in_features, self.rank = in_features, rank
+        self.activation_bits, self.weight_bits = scheme.activation_bits, scheme.weight_bits
+        self.group_size = scheme.group_size or 0
         modalities = len(scheme.modalities)
         smooth_inv = torch.empty(modalities, in_features, device=device, dtype=torch.float32)
         self.register_buffer("smooth_inv", smooth_inv)
@@ -76,50 +79,124 @@ class MasSite(_FixedDtype):
             )
             self.register_buffer("lr_a", lr_a)
         self.context: ModalityContext | None = None  # set by install
+        self.fused: tuple[list[int], Weights] | None = None  # places of the linears' buffers, all
+        self.linears: tuple[MasLinear, ...] = ()
 
-    def forward(self, x: Tensor) -> SiteInput:
-        """x: float [..., in]. Raises ValueError on a wrong width or on ids that do not fit."""
+    def bind(self, linears: Sequence["MasLinear"], norm: MasRMSNorm | None = None) -> None:
+        """Run `linears`, behind `norm` if given. All are registered beside this module."""
+        self.linears = tuple(linears)
+        self.__dict__["norm"] = norm
+        for index, linear in enumerate(linears):
+            linear.__dict__["site"], linear.index = self, index
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "fused": None}
+
+    def forward(self, x: Tensor, index: int = 0, up: Tensor | None = None) -> Tensor:
+        """The output of linear `index` for x, float [..., in]; with `up`, for silu(x) * up.
+
+        Within a forward pass the first linear that asks has all of them computed at once.
+        Raises ValueError on a wrong width or on ids that do not fit.
+        """
         cache = None if torch.compiler.is_compiling() else self.context.state.cache
-        if cache is None or self.members == 1:
-            return self.compute(x)
-        version = None if x.is_inference() else x._version
-        key = (version, torch.is_grad_enabled())
+        if cache is None or len(self.linears) == 1:
+            return self.compute(x, weights_of(self.linears[index]), up)
+        key = (None if x.is_inference() else x._version, torch.is_grad_enabled())
         hit = cache.pop(self, None)
         if hit is not None and hit.x is x and (hit.version, hit.grad) == key:
-            value, uses_left = hit.value, hit.uses_left - 1
+            outputs, uses_left = hit.outputs, hit.uses_left - 1
         else:
-            value, uses_left = self.compute(x), self.members - 1
+            weights = self.weights()
+            if weights is None:
+                return self.compute(x, weights_of(self.linears[index]), up)
+            y = self.compute(x, weights, up)
+            outputs = y.split([linear.out_features for linear in self.linears], -1)
+            uses_left = len(outputs) - 1
         if uses_left:
-            cache[self] = _Cached(x, *key, value, uses_left)
-        return value
+            cache[self] = _Cached(x, *key, outputs, uses_left)
+        return outputs[index]
 
-    def compute(self, x: Tensor) -> SiteInput:
-        """`forward` without the cache."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"expected {self.in_features} inputs, got {tuple(x.shape)}")
-        batch = self.context.current(x.shape)
-        x = x.reshape(-1, self.in_features).float()
+    def weights(self) -> Weights | None:
+        """All linears as one; None where that cannot be (fused.py)."""
+        fused = self.fused
+        if fused is not None and fused[0] == places(self.linears):
+            return fused[1]
+        with _fusing:  # or two threads would leave views into two copies
+            fused = self.fused
+            if fused is None or fused[0] != places(self.linears):
+                self.fused = None
+                weights = fuse(self.linears)
+                if weights is None:
+                    return None
+                self.fused = fused = places(self.linears), weights
+            return fused[1]
+
+    def compute(self, x: Tensor, weights: Weights, up: Tensor | None = None) -> Tensor:
+        """x, up: float [..., in] -> [..., N] in x's dtype; everything inside is fp32."""
+        width, dtype = self.in_features, x.dtype
+        if x.shape[-1] != width:
+            raise ValueError(f"expected {width} inputs, got {tuple(x.shape)}")
+        modality = self.context.current(x.shape).on(x.device)
+        norm_weight, eps = self._norm(x)
+        rows = _rows(x, width)
+        above = None if up is None else _rows(up, width)
+        differentiate = torch.is_grad_enabled() and (
+            x.requires_grad or (up is not None and up.requires_grad)
+        )
+        run = reference if differentiate else _FAST
+        front, back = (norm_weight, eps, above), (weights.lr_b, modality, rows.dtype)
+        buffers, bits, group = self._buffers, self.weight_bits, self.group_size
+        smooth_inv = buffers["smooth_inv"]
+        packed, scale, zero, bias, _ = weights
         with _fp32(x):
-            if batch.rows:
-                x = x * self.smooth_inv[batch.ids.flatten().to(x.device)]
-            else:
-                x = x * self.smooth_inv[0]
-            low_rank = ()
-            if self.rank:
-                # Rows of absent modalities, and their factors, are never touched.
-                present = [(m, rows.to(x.device)) for m, rows in batch.rows]
-                low_rank = tuple(
-                    (m, rows, x[rows] @ self.lr_a[m - 1].float()) for m, rows in present
-                )
+            h = None
+            if modality is not None and self.rank:
+                h = run.lowrank_down(rows, smooth_inv, modality, buffers["lr_a"], *front)
             if self.activation_bits >= 16:
-                return SiteInput(x, None, low_rank)
-            return SiteInput(*quantize_rows(x, self.activation_bits), low_rank)
+                u = reference.smooth(rows, smooth_inv, modality, *front)
+                given = (packed, scale, zero, group, bias, h, *back)
+                if bits == 8:
+                    y = reference.gemm_w4a16(u, *given, weight_bits=8)
+                else:  # a GPU multiplies 16-bit floats faster
+                    y = run.gemm_w4a16(u.to(dtype) if u.is_cuda else u, *given)
+            else:
+                q, step = run.smooth_quant(rows, smooth_inv, modality, self.activation_bits, *front)
+                if h is None and len(rows) <= ops.DECODE_TOKENS:
+                    y = run.gemm_decode(q, step, packed, scale, zero, group, bias, bits, rows.dtype)
+                elif bits == 8:
+                    y = run.gemm_w8a8(q, step, packed, scale, group, bias, h, *back)
+                else:
+                    y = run.gemm_w4a8(q, step, packed, scale, zero, group, bias, h, *back)
+        return y.to(dtype).reshape(*x.shape[:-1], len(packed))
+
+    def _norm(self, x: Tensor) -> tuple[Tensor | None, float]:
+        """Weight and eps of the norm that x is still to go through."""
+        norm = self.norm
+        if norm is None or torch.compiler.is_compiling():
+            return None, 0.0
+        owner, unnormed = self.context.state.unnormed
+        if owner is not norm:
+            return None, 0.0
+        if unnormed is not x:
+            raise RuntimeError(
+                "the norm left its work to the linears behind it, but they were given another "
+                "tensor than its output; a forward hook on any of them makes it work on its own"
+            )
+        return norm._parameters["weight"], norm.variance_epsilon
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, modalities={len(self.smooth_inv)}, rank={self.rank}"
 
 
-class MasLinear(_FixedDtype):
+def _rows(x: Tensor, width: int) -> Tensor:
+    """[..., width] -> [T, width] as the ops take it."""
+    x = x.reshape(-1, width)
+    if x.dtype not in _FLOATS:
+        x = x.float()
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+class MasLinear(_Quantized):
     """One quantized linear. Weights follow torch, [out, in].
 
     Buffers: weight_packed int8 [out, ceil(in/128)*64] at 4 bits, [out, in] at 8;
@@ -138,7 +215,7 @@ class MasLinear(_FixedDtype):
     ):
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.weight_bits, self.grouped = scheme.weight_bits, scheme.group_size is not None
+        self.weight_bits = scheme.weight_bits
 
         def buffer(name: str, dtype: torch.dtype, *shape: int) -> None:
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
@@ -158,38 +235,15 @@ class MasLinear(_FixedDtype):
         else:
             buffer("bias", bias_dtype, out_features)
 
-    def bind(self, site: MasSite) -> None:
-        """Use `site` for the input. It is registered beside this module, not inside it."""
-        self.__dict__["site"] = site
+    def forward(self, x: Tensor, up: Tensor | None = None) -> Tensor:
+        """x: float [..., in] -> [..., out] in x's dtype; with `up`, for silu(x) * up."""
+        return self.site(x, self.index, up)
 
-    def integers(self) -> Tensor:
-        """The stored integers, int8 [out, in]."""
-        if self.weight_bits == 4:
-            return unpack_int4(self.weight_packed, self.in_features)
-        return self.weight_packed
-
-    def dequantized(self) -> Tensor:
-        """The weight that the base modality's smoothed input meets, f32 [out, in]."""
-        return dequantize_weight(
-            QWeight(self.integers(), self.weight_scale, self.weight_zero_point)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: float [..., in] -> [..., out] in x's dtype; everything inside is fp32."""
-        given = self.site(x)
-        with _fp32(x):
-            if given.scale is None:
-                y = given.q @ self.dequantized().T
-            elif self.grouped or self.weight_zero_point is not None:
-                y = (given.q @ self.dequantized().T) * given.scale
-            else:
-                # Products of integers: fp32 sums them exactly up to 2^24.
-                y = (given.q @ self.integers().float().T) * given.scale * self.weight_scale.T
-            for m, rows, hidden in given.low_rank:
-                y.index_add_(0, rows, hidden @ self.lr_b[m - 1].float())
-            if self.bias is not None:
-                y = y + self.bias.float()
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        key = f"{prefix}lr_b"
+        if key in destination:  # a slice of the site's, which files cannot hold as it is
+            destination[key] = destination[key].contiguous()
 
     def extra_repr(self) -> str:
         return (

@@ -1,20 +1,16 @@
-"""From a solved site to the tensors of its modules, and from tensors to modules in a model.
+"""From a solved site to the tensors of its modules, as docs/format.md says.
 
-`export_tensors` is what the export stage writes; `install` is what loading does with it.
-Both sides of docs/format.md meet here.
+`export_tensors` is what the export stage writes; install.py is the other side.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from masquant_kernels import pack_int4, quantize_weight
-from torch import Tensor, nn
+from torch import Tensor
 
 from masquant_cli.errors import ArtifactError, RecipeError
-from masquant_cli.models.families import family_of
-from masquant_cli.models.sites import Site, find_sites, layers_path
-from masquant_cli.runtime.context import ModalityContext, attach
-from masquant_cli.runtime.mas_linear import MasLinear, MasSite
+from masquant_cli.models.sites import Site
 from masquant_cli.runtime.scheme import Scheme
 
 # Endings of every tensor that masquant adds to a checkpoint.
@@ -94,77 +90,6 @@ def export_tensors(
         if quantized.zero is not None:
             tensors[f"{name}.weight_zero_point"] = quantized.zero
     return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-
-
-@torch.no_grad()
-def install(
-    model: nn.Module, scheme: Scheme, tensors: Mapping[str, Tensor] | None = None
-) -> ModalityContext:
-    """Swap the linears of a supported model for quantized ones, in place.
-
-    On a meta model the new modules are meta too and a loader fills them. On a real one `tensors`
-    ({module key: tensor}, as `export_tensors` makes them for every site) is required, and biases
-    are taken over. Raises RecipeError for an unsupported model, ArtifactError when a tensor is
-    missing, left over, or of another shape or dtype; the model is then unchanged.
-    """
-    sites = [s for layer in find_sites(model) for s in layer.sites if s.kind in scheme.sites]
-    for site in sites:
-        if hasattr(model.get_submodule(site.module_prefix), site.kind):
-            raise RecipeError("the model is quantized already", where=site.module)
-    device = model.get_submodule(sites[0].linears[0]).weight.device
-    if tensors is None and device.type != "meta":
-        raise ValueError("a model with real weights needs the tensors of its quantized modules")
-    new: dict[str, MasSite | MasLinear] = {}
-    for site in sites:
-        _build(model, site, scheme, new)
-    if tensors is not None:
-        expected = {
-            f"{name}.{key}": (tuple(value.shape), value.dtype)
-            for name, module in new.items()
-            for key, value in module.state_dict().items()
-            if key != "bias"
-        }
-        check_tensors(expected, {k: (tuple(t.shape), t.dtype) for k, t in tensors.items()})
-        for name, module in new.items():
-            for key in module.state_dict():
-                if key == "bias":
-                    module.bias.copy_(model.get_submodule(name).bias.detach())
-                else:
-                    getattr(module, key).copy_(tensors[f"{name}.{key}"])
-    context = ModalityContext(scheme.modalities, scheme.token_ids)
-    for name, module in new.items():
-        if isinstance(module, MasSite):
-            module.context = context
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
-    attach(context, _receivers(model))
-    return context
-
-
-def _build(model: nn.Module, site: Site, scheme: Scheme, new: dict) -> None:
-    rank, width = scheme.rank(site.kind), site.in_features
-    linears = [model.get_submodule(name) for name in site.linears]
-    shared = MasSite(width, len(linears), rank, scheme, linears[0].weight.device)
-    new[site.module] = shared
-    for name, linear, out in zip(site.linears, linears, site.out_features, strict=True):
-        bias_dtype = None if linear.bias is None else linear.bias.dtype
-        try:
-            quantized = MasLinear(width, out, rank, scheme, bias_dtype, linear.weight.device)
-        except ArtifactError as error:
-            raise ArtifactError(error.message, where=name) from None
-        quantized.bind(shared)
-        quantized.train(linear.training)
-        new[name] = quantized
-
-
-def _receivers(model: nn.Module) -> list[nn.Module]:
-    """Modules that a batch enters through, outermost first: the model and its inner models."""
-    root = family_of(model.config).root
-    path = layers_path(model).rpartition(".")[0]
-    names = ["" if root == "" or not path.startswith(root) else root]
-    for part in path.removeprefix(names[0]).strip(".").split("."):
-        names.append(f"{names[-1]}.{part}".strip("."))
-    return [model.get_submodule(name) for name in names]
 
 
 def check_tensors(expected: Mapping, found: Mapping, where: str | None = None) -> None:
