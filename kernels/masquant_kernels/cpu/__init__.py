@@ -1,0 +1,162 @@
+"""Ops in C for x86-64 CPUs: 4- and 8-bit weights stay packed in memory.
+
+Importing this module compiles and loads the library (build.py) and compares it with exact
+integers; ImportError says why it cannot be used here.
+"""
+
+import math
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_void_p
+
+import torch
+
+from masquant_kernels.cpu.build import load
+from masquant_kernels.packing import PACK_BLOCK
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_LARGEST_PASS = 2048  # CHUNK in isa.h: groups and blocks must meet within it
+
+
+class _Smooth(Structure):  # smooth.h
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "up", "smooth_inv", "norm_weight")),
+        *((name, c_int64) for name in ("x_stride", "up_stride", "columns")),
+        ("eps", c_float),
+        ("type", c_int),
+    ]
+
+
+class _Gemm(Structure):  # gemm.h
+    _fields_ = [
+        *((n, c_void_p) for n in ("q", "scale", "packed", "weight_scale", "zero", "bias")),
+        *((n, c_void_p) for n in ("h", "lr_b", "modality", "y")),
+        *((n, c_int64) for n in ("tokens", "padded", "columns", "out", "row_bytes")),
+        *((n, c_int64) for n in ("groups", "group_size", "count", "rank")),
+        *((n, c_int) for n in ("bits", "bias_type", "h_type", "y_type", "threads")),
+    ]
+
+
+_library = load()
+_quantize = _library.mq_smooth_quant
+_quantize.restype = None
+_quantize.argtypes = [
+    *(POINTER(_Smooth), c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int),
+    *(c_void_p, c_void_p, c_int),
+]
+_down = _library.mq_lowrank_down
+_down.restype = None
+_down.argtypes = [
+    *(POINTER(_Smooth), c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int, c_int),
+]
+_multiply = _library.mq_gemm
+_multiply.restype = None
+_multiply.argtypes = [POINTER(_Gemm)]
+_library.mq_isa.restype = c_char_p
+ISA = _library.mq_isa().decode()  # "avx2" | "avx512-vnni"
+
+
+def smooth_quant(out, x, smooth_inv, modality, bits, norm_weight=None, eps=0.0, up=None):
+    q, scale = out
+    norm_weight = None if norm_weight is None else norm_weight.float()
+    s = _given(x, smooth_inv, norm_weight, eps, up)
+    _quantize(
+        byref(s), None, 0, None, x.shape[0], _pointer(modality), bits,
+        q.data_ptr(), scale.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def add_smooth_quant(out, x, residual, smooth_inv, modality, bits, norm_weight=None, eps=0.0):
+    q, scale, total = out
+    norm_weight = None if norm_weight is None else norm_weight.float()
+    s = _given(x, smooth_inv, norm_weight, eps, None)
+    if residual.stride(1) != 1:
+        return NotImplemented
+    _quantize(
+        byref(s), residual.data_ptr(), residual.stride(0), total.data_ptr(), x.shape[0],
+        _pointer(modality), bits, q.data_ptr(), scale.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def lowrank_down(out, x, smooth_inv, modality, lr_a, norm_weight=None, eps=0.0, up=None):
+    if not lr_a.is_contiguous():
+        return NotImplemented
+    norm_weight = None if norm_weight is None else norm_weight.float()
+    s = _given(x, smooth_inv, norm_weight, eps, up)
+    _down(
+        byref(s), x.shape[0], modality.data_ptr(), lr_a.data_ptr(), lr_a.shape[0], lr_a.shape[2],
+        out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def gemm_w4a8(
+    out, q, scale, weight_packed, weight_scale, weight_zero_point, group_size,
+    bias, h, lr_b, modality, dtype,
+):  # fmt: skip
+    columns = weight_packed.shape[1] * 2
+    weight = (weight_packed, weight_scale, weight_zero_point, group_size, 4, columns)
+    return _gemm(out, q, scale, *weight, bias, h, lr_b, modality)
+
+
+def gemm_w8a8(
+    out, q, scale, weight_packed, weight_scale, group_size, bias, h, lr_b, modality, dtype
+):  # fmt: skip
+    weight = (weight_packed, weight_scale, None, group_size, 8, weight_packed.shape[1])
+    return _gemm(out, q, scale, *weight, bias, h, lr_b, modality)
+
+
+def gemm_decode(
+    out, q, scale, weight_packed, weight_scale, weight_zero_point, group_size, bias, weight_bits,
+    dtype,
+):  # fmt: skip
+    columns = weight_packed.shape[1] * (2 if weight_bits == 4 else 1)
+    weight = (weight_packed, weight_scale, weight_zero_point, group_size, weight_bits, columns)
+    return _gemm(out, q, scale, *weight, bias, None, None, None)
+
+
+def _gemm(
+    out, q, scale, packed, weight_scale, zero, group_size, bits, columns, bias, h, lr_b, modality
+):  # fmt: skip
+    if group_size and not _covers(group_size):
+        return NotImplemented
+    tokens, padded = q.shape
+    count, rank = (0, 0) if h is None else lr_b.shape[:2]
+    g = _Gemm(
+        q.data_ptr(), scale.data_ptr(), packed.data_ptr(), weight_scale.data_ptr(),
+        _pointer(zero), _pointer(bias), _pointer(h), _pointer(lr_b), _pointer(modality),
+        out.data_ptr(), tokens, padded, columns, out.shape[1], packed.shape[1],
+        weight_scale.shape[1], group_size, count, rank, bits,
+        0 if bias is None else _DTYPES[bias.dtype], 0 if h is None else _DTYPES[h.dtype],
+        _DTYPES[out.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    _multiply(byref(g))
+    return out
+
+
+def _covers(group_size: int) -> bool:
+    """Whole vectors a group, and groups that end with a block often enough for one pass."""
+    if group_size % 32:
+        return False
+    return math.lcm(group_size, PACK_BLOCK) <= _LARGEST_PASS
+
+
+def _given(x, smooth_inv, norm_weight, eps, up) -> _Smooth:
+    return _Smooth(
+        x.data_ptr(), _pointer(up), smooth_inv.data_ptr(), _pointer(norm_weight),
+        x.stride(0), 0 if up is None else up.stride(0), x.shape[1], eps, _DTYPES[x.dtype],
+    )  # fmt: skip
+
+
+def _pointer(tensor) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+OPS = {
+    "smooth_quant": smooth_quant,
+    "add_smooth_quant": add_smooth_quant,
+    "lowrank_down": lowrank_down,
+    "gemm_w4a8": gemm_w4a8,
+    "gemm_w8a8": gemm_w8a8,
+    "gemm_decode": gemm_decode,
+}

@@ -1,0 +1,70 @@
+// The inner loops, once per instruction set: isa_avx2.c and isa_vnni.c each fill one table.
+#pragma once
+#include "common.h"
+
+#define TILE 8      // tokens of one inner loop
+#define CHUNK 2048  // inputs of one pass: TILE x CHUNK bytes of q stay in the first-level cache
+                    // q of a tile is interleaved, [k / lanes][nt][lanes]: one stream, and rows whose
+                    // length is a power of two do not fall on the same cache lines
+#define FLUSH 256   // inputs that 16-bit sums can always take: 8 x 2 x 15 x 127 < 2^15
+#define PANEL 32    // outputs of one low-rank panel
+#define PAIRS 16    // pairs of inputs that share the low-rank scales: 2 x 8191^2 x 16 < 2^31
+
+typedef struct {
+  const char *name;
+  int lanes;  // bytes of one vector: group sizes must be multiples
+  int bits;   // of the unsigned weights that `dot` takes
+
+  // out[t] += times * sum_k w[k] * q[t][k] for an interleaved tile of nt <= TILE tokens; w unsigned.
+  // 16-bit sums, where they are needed, end at ends[0..n), the last of which is the length.
+  void (*dot)(const uint8_t *w, const int8_t *q, int nt, const int *ends, int n, int times,
+              int32_t *out);
+
+  // out[t] += times * sum_g scale[g] * sum_{k in g} w[k] * q[t][k]; unit inputs a scale.
+  void (*dot_groups)(const uint8_t *w, const int8_t *q, int nt, int64_t length,
+                     int64_t unit, const float *scale, int repeat, int times,
+                      float *out);
+
+  // One packed row times one row of q: sum_k (w[k] + 8) * q[k] and sum_k (w[k] + 128) * q[k].
+  int32_t (*row_int4)(const int8_t *packed, const int8_t *q, int64_t padded);
+  int32_t (*row_int8)(const int8_t *w, const int8_t *q, int64_t columns);
+
+  // Low rank: out[t][0..PANEL) += sum_b xs[t][b] * ws[b][n] * sum_{k in b} x[t][k] * w[k][n]
+  void (*panel)(const int16_t *x, const float *xs, int64_t x_stride, int nt, const int16_t *w,
+                const float *ws, int64_t blocks, float *out, int64_t out_stride);
+} isa_t;
+
+extern const isa_t isa_avx2, isa_vnni;
+const isa_t *isa_here(void);
+
+// packed int4 -> w + 8 in 0..15, natural order; inputs from..to are whole blocks
+INLINE void unpack_biased(const int8_t *packed, int64_t from, int64_t to, uint8_t *out) {
+  const __m256i mask = _mm256_set1_epi8(15), flip = _mm256_set1_epi8((char)0x88);
+  for (int64_t k = from; k < to; k += BLOCK)
+    for (int half = 0; half < 64; half += 32) {
+      __m256i p = _mm256_loadu_si256((const __m256i *)(packed + k / 2 + half));
+      p = _mm256_xor_si256(p, flip);
+      __m256i low = _mm256_and_si256(p, mask);
+      __m256i high = _mm256_and_si256(_mm256_srli_epi16(p, 4), mask);
+      _mm256_store_si256((__m256i *)(out + k - from + half), low);
+      _mm256_store_si256((__m256i *)(out + k - from + 64 + half), high);
+    }
+}
+
+// int8 -> w + 128 in 0..255, or its low and high halves; zero weights past `columns`
+INLINE void unpack_bytes(const int8_t *w, int64_t from, int64_t to, int64_t columns, uint8_t *low,
+                         uint8_t *high) {
+  const __m256i mask = _mm256_set1_epi8(15), flip = _mm256_set1_epi8((char)0x80);
+  for (int64_t k = from; k < to; k += 32) {
+    __m256i v = _mm256_setzero_si256();
+    if (k + 32 <= columns) v = _mm256_loadu_si256((const __m256i *)(w + k));
+    else if (k < columns) memcpy(&v, w + k, (size_t)(columns - k));
+    v = _mm256_xor_si256(v, flip);
+    if (high) {
+      __m256i top = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
+      _mm256_store_si256((__m256i *)(high + k - from), top);
+      v = _mm256_and_si256(v, mask);
+    }
+    _mm256_store_si256((__m256i *)(low + k - from), v);
+  }
+}

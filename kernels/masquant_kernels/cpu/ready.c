@@ -1,0 +1,68 @@
+// What a GEMM does to its tokens before any task starts.
+#include "gemm.h"
+
+int32_t sum_q(const int8_t *q, int64_t n) {
+  int32_t sum = 0;
+  for (int64_t k = 0; k < n; k++) sum += q[k];
+  return sum;
+}
+
+// After how many inputs 16-bit sums of w * q (w <= 15) must be widened: FLUSH always works, but
+// |q| is mostly far below 127, so the tile's own |q| are summed as the kernel sums (saturating).
+static int find_ends(const int8_t *q, int nt, int64_t length, int *ends) {
+  const __m256i fifteen = _mm256_set1_epi8(15), full = _mm256_set1_epi16(0x7fff);
+  __m256i sum[TILE];
+  int n = 0;
+  for (int t = 0; t < nt; t++) sum[t] = _mm256_setzero_si256();
+  for (int64_t k = 0; k < length; k += 32) {
+    __m256i next[TILE], over = _mm256_setzero_si256();
+    for (int t = 0; t < nt; t++) {
+      __m256i v = _mm256_abs_epi8(_mm256_load_si256((const __m256i *)(q + k * nt + 32 * t)));
+      next[t] = _mm256_maddubs_epi16(fifteen, v);
+      sum[t] = _mm256_adds_epi16(sum[t], next[t]);
+      over = _mm256_or_si256(over, _mm256_cmpeq_epi16(sum[t], full));
+    }
+    if (_mm256_movemask_epi8(over)) {
+      ends[n++] = (int)k;
+      for (int t = 0; t < nt; t++) sum[t] = next[t];
+    }
+  }
+  ends[n++] = (int)length;
+  return n;
+}
+
+void ready_tile(const gemm_t *g, const ready_t *r, const isa_t *isa, int64_t tile) {
+  int64_t first = tile * TILE, padded = g->padded, size = g->group_size;
+  int nt = (int)least(TILE, g->tokens - first), lanes = isa->lanes;
+  int8_t *out = r->q + first * padded;
+  for (int t = 0; t < nt; t++) {
+    const int8_t *q = g->q + (first + t) * padded;
+    for (int64_t k = 0; k < padded; k += lanes)
+      memcpy(out + k * nt + lanes * t, q + k, (size_t)lanes);
+    if (size) {
+      float *sums = r->group_sums + (first + t) * r->group_stride;
+      for (int64_t i = 0; i < r->group_stride; i++)
+        sums[i] = i < g->groups ? (float)sum_q(q + i * size, size) : 0;
+    } else {
+      r->sums[first + t] = sum_q(q, padded);
+    }
+  }
+  if (size) return;
+  for (int64_t c = 0; c < r->chunks; c++) {
+    int64_t length = least(CHUNK, padded - c * CHUNK), at = tile * r->chunks + c;
+    int *ends = r->ends + at * (CHUNK / FLUSH);
+    r->count[at] = isa->bits == 8 ? 1 : find_ends(out + c * CHUNK * nt, nt, length, ends);
+    if (isa->bits == 8) ends[0] = (int)length;
+  }
+}
+
+void ready_hidden(const gemm_t *g, const ready_t *r, int64_t t) {
+  int m = g->modality[t];
+  if (m < 1) return;
+  int64_t padded = r->low_blocks * GROUP;
+  float *v = scratch(0, (size_t)padded * 4);
+  for (int64_t i = 0; i < padded; i++)
+    v[i] = i < g->rank ? load1(g->h, (t * g->count + m - 1) * g->rank + i, g->h_type) : 0;
+  for (int64_t b = 0; b < r->low_blocks; b++)
+    r->hs[t * r->low_blocks + b] = to_block(v + b * GROUP, r->h + t * padded + b * GROUP);
+}
