@@ -26,9 +26,7 @@ class MasRMSNorm(nn.Module):
         self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
         self.train(norm.training)
         self.context = context
-        self.readers: tuple[
-            nn.Module, ...
-        ] = ()  # whose input its output is; a tuple registers none
+        self.readers: tuple[nn.Module, ...] = ()  # those that its output is given to
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():

@@ -1,44 +1,35 @@
-"""The two modules of a quantized checkpoint. Equation 29, for a token x of modality m:
+"""The two modules of a quantized checkpoint: a site, and the linears that read its input.
 
-    y = Q(x / s_m) @ Qw.T + (x / s_m) @ lr_a[m-1] @ lr_b[m-1] + bias      (no lr for m = 0)
-
-A MasLinear holds one packed weight. A MasSite runs all linears that read one input as one
-(fused.py), on the ops of masquant_kernels; blocks.py gives it the norm or SiLU in front.
+A MasLinear holds one packed weight. A MasSite holds what its linears share and runs them as one
+(fused.py), by the equation in equation.py; blocks.py leaves it the norm or SiLU in front.
 """
 
-import contextlib
 import threading
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
-from masquant_kernels import ops, packed_columns, reference
+from masquant_kernels import packed_columns
 from torch import Tensor, nn
 
 from masquant_cli.runtime.blocks import MasRMSNorm
 from masquant_cli.runtime.context import ModalityContext
+from masquant_cli.runtime.equation import Bits, Front, outputs
 from masquant_cli.runtime.fused import Weights, fuse, places, weights_of
 from masquant_cli.runtime.scheme import Scheme
 
-_FAST = SimpleNamespace(**{name: getattr(torch.ops.masquant, name).default for name in ops.SCHEMAS})
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _fusing = threading.Lock()
 
 
-class _Cached(NamedTuple):
+@dataclass(slots=True)
+class _Cached:
+    """What a site computed for all its linears when the first one asked."""
+
     x: Tensor  # held, so that identity cannot be confused by a recycled object
-    version: int | None
-    grad: bool
-    outputs: tuple[Tensor, ...]  # one per linear
-    uses_left: int
-
-
-def _fp32(x: Tensor):
-    """Autocast would round integers and sums to bf16; entering the context costs when it is off."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
+    key: tuple  # version of x, and whether gradients were on
+    parts: Sequence[Tensor]  # the output of each linear
+    left: int  # linears that have not asked yet
 
 
 class _Quantized(nn.Module):
@@ -68,8 +59,7 @@ class MasSite(_Quantized):
     def __init__(self, in_features: int, rank: int, scheme: Scheme, device=None):
         super().__init__()
         self.in_features, self.rank = in_features, rank
-        self.activation_bits, self.weight_bits = scheme.activation_bits, scheme.weight_bits
-        self.group_size = scheme.group_size or 0
+        self.bits = Bits(scheme.weight_bits, scheme.activation_bits, scheme.group_size or 0)
         modalities = len(scheme.modalities)
         smooth_inv = torch.empty(modalities, in_features, device=device, dtype=torch.float32)
         self.register_buffer("smooth_inv", smooth_inv)
@@ -80,11 +70,12 @@ class MasSite(_Quantized):
             self.register_buffer("lr_a", lr_a)
         self.context: ModalityContext | None = None  # set by install
         self.fused: tuple[list[int], Weights] | None = None  # places of the linears' buffers, all
-        self.linears: tuple[MasLinear, ...] = ()
+        self.bind(())
 
     def bind(self, linears: Sequence["MasLinear"], norm: MasRMSNorm | None = None) -> None:
         """Run `linears`, behind `norm` if given. All are registered beside this module."""
         self.linears = tuple(linears)
+        self.outs = [linear.out_features for linear in linears]
         self.__dict__["norm"] = norm
         for index, linear in enumerate(linears):
             linear.__dict__["site"], linear.index = self, index
@@ -101,20 +92,18 @@ class MasSite(_Quantized):
         cache = None if torch.compiler.is_compiling() else self.context.state.cache
         if cache is None or len(self.linears) == 1:
             return self.compute(x, weights_of(self.linears[index]), up)
-        key = (None if x.is_inference() else x._version, torch.is_grad_enabled())
-        hit = cache.pop(self, None)
-        if hit is not None and hit.x is x and (hit.version, hit.grad) == key:
-            outputs, uses_left = hit.outputs, hit.uses_left - 1
-        else:
+        key = None if x.is_inference() else x._version, torch.is_grad_enabled()
+        hit = cache.get(self)
+        if hit is None or hit.x is not x or hit.key != key:
             weights = self.weights()
             if weights is None:
                 return self.compute(x, weights_of(self.linears[index]), up)
-            y = self.compute(x, weights, up)
-            outputs = y.split([linear.out_features for linear in self.linears], -1)
-            uses_left = len(outputs) - 1
-        if uses_left:
-            cache[self] = _Cached(x, *key, outputs, uses_left)
-        return outputs[index]
+            parts = self.compute(x, weights, up).split_with_sizes(self.outs, -1)
+            hit = cache[self] = _Cached(x, key, parts, len(parts))
+        hit.left -= 1
+        if not hit.left:  # the outputs live no longer than they are needed
+            del cache[self]
+        return hit.parts[index]
 
     def weights(self) -> Weights | None:
         """All linears as one; None where that cannot be (fused.py)."""
@@ -132,42 +121,22 @@ class MasSite(_Quantized):
             return fused[1]
 
     def compute(self, x: Tensor, weights: Weights, up: Tensor | None = None) -> Tensor:
-        """x, up: float [..., in] -> [..., N] in x's dtype; everything inside is fp32."""
-        width, dtype = self.in_features, x.dtype
-        if x.shape[-1] != width:
-            raise ValueError(f"expected {width} inputs, got {tuple(x.shape)}")
-        modality = self.context.current(x.shape).on(x.device)
-        norm_weight, eps = self._norm(x)
-        rows = _rows(x, width)
-        above = None if up is None else _rows(up, width)
-        differentiate = torch.is_grad_enabled() and (
-            x.requires_grad or (up is not None and up.requires_grad)
+        """x, up: float [..., in] -> [..., N] in x's dtype."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected {self.in_features} inputs, got {tuple(x.shape)}")
+        buffers = self._buffers
+        y = outputs(
+            _rows(x),
+            Front(*self._norm(x), None if up is None else _rows(up)),
+            buffers["smooth_inv"],
+            buffers.get("lr_a"),
+            self.context.current(x.shape).on(x.device),
+            weights,
+            self.bits,
         )
-        run = reference if differentiate else _FAST
-        front, back = (norm_weight, eps, above), (weights.lr_b, modality, rows.dtype)
-        buffers, bits, group = self._buffers, self.weight_bits, self.group_size
-        smooth_inv = buffers["smooth_inv"]
-        packed, scale, zero, bias, _ = weights
-        with _fp32(x):
-            h = None
-            if modality is not None and self.rank:
-                h = run.lowrank_down(rows, smooth_inv, modality, buffers["lr_a"], *front)
-            if self.activation_bits >= 16:
-                u = reference.smooth(rows, smooth_inv, modality, *front)
-                given = (packed, scale, zero, group, bias, h, *back)
-                if bits == 8:
-                    y = reference.gemm_w4a16(u, *given, weight_bits=8)
-                else:  # a GPU multiplies 16-bit floats faster
-                    y = run.gemm_w4a16(u.to(dtype) if u.is_cuda else u, *given)
-            else:
-                q, step = run.smooth_quant(rows, smooth_inv, modality, self.activation_bits, *front)
-                if h is None and len(rows) <= ops.DECODE_TOKENS:
-                    y = run.gemm_decode(q, step, packed, scale, zero, group, bias, bits, rows.dtype)
-                elif bits == 8:
-                    y = run.gemm_w8a8(q, step, packed, scale, group, bias, h, *back)
-                else:
-                    y = run.gemm_w4a8(q, step, packed, scale, zero, group, bias, h, *back)
-        return y.to(dtype).reshape(*x.shape[:-1], len(packed))
+        if y.dtype is not x.dtype:
+            y = y.to(x.dtype)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
     def _norm(self, x: Tensor) -> tuple[Tensor | None, float]:
         """Weight and eps of the norm that x is still to go through."""
@@ -188,9 +157,10 @@ class MasSite(_Quantized):
         return f"in={self.in_features}, modalities={len(self.smooth_inv)}, rank={self.rank}"
 
 
-def _rows(x: Tensor, width: int) -> Tensor:
-    """[..., width] -> [T, width] as the ops take it."""
-    x = x.reshape(-1, width)
+def _rows(x: Tensor) -> Tensor:
+    """[..., in] -> [T, in] as the ops take it."""
+    if x.ndim != 2:
+        x = x.reshape(-1, x.shape[-1])
     if x.dtype not in _FLOATS:
         x = x.float()
     return x if x.stride(1) == 1 else x.contiguous()
