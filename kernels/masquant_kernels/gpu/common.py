@@ -1,0 +1,64 @@
+"""What every plain Triton kernel shares: where it may run, and how floats are rounded.
+
+Under TRITON_INTERPRET=1 the kernels run on CPU tensors, for tests. The interpreter differs in
+three ways, and `INTERPRET` (known when a kernel is compiled) is how kernels step around them:
+it has no inline assembly, truncates f32 -> bf16, and multiplies bf16 as raw integers.
+"""
+
+import functools
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+ARCHS = (80, 89, 90, 100)  # what tiles.json was chosen for
+
+
+@functools.cache
+def arch_of(device: torch.device) -> int | None:
+    """The newest of ARCHS that a device can stand for; None where no kernel here runs."""
+    if device.type == "cpu":  # the interpreter has no architecture: any tile serves
+        return ARCHS[0] if INTERPRET.value else None
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((arch for arch in ARCHS if arch <= 10 * major + minor), default=None)
+
+
+def backend_op(launch):
+    """`launch(arch, out, *arguments)` -> the function that dispatch.py calls.
+
+    Triton launches on the current device, so this makes the tensors' device the current one.
+    """
+
+    @functools.wraps(launch)
+    def run(out, given, *args, **kwargs):
+        device = given.device
+        arch = arch_of(device)
+        if arch is None:
+            return NotImplemented
+        if device.type == "cpu" or device.index == torch.cuda.current_device():
+            return launch(arch, out, given, *args, **kwargs)
+        with torch.cuda.device(device):
+            return launch(arch, out, given, *args, **kwargs)
+
+    return run
+
+
+@triton.jit
+def round_half_even(v):
+    """As torch.round, for |v| < 2^22: beyond 2^23 a float has no room left for a fraction."""
+    return (v + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def cast(v, dtype: tl.constexpr):
+    """f32 -> dtype, to nearest even."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = v.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return v.to(dtype)

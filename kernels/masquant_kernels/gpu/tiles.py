@@ -1,0 +1,90 @@
+"""Which tile a kernel runs with: a lookup in tiles.json, by architecture, op and shape.
+
+The table maps arch -> op -> rows. A row holds a tile and the largest shape it is for
+(max_tokens, max_outputs, max_columns; absent: any); the first row that fits is taken. Rows of an
+architecture that is not listed are those of the next lower one. Nothing is tuned at run time:
+`masquant bench --tune` measures `candidates` and writes a table for `load_table`.
+"""
+
+import contextlib
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that one program may use
+_BOUNDS = ("max_tokens", "max_columns", "max_outputs")
+
+
+class Tile(NamedTuple):
+    options: dict  # keyword arguments of the kernel's launch, num_warps and num_stages included
+    split: int  # parts that the inputs are summed in (decode and lowrank_down), else 1
+
+
+class _Row(NamedTuple):
+    bounds: tuple  # as _BOUNDS; None: any
+    tile: Tile
+
+    def fits(self, shape: tuple) -> bool:
+        return all(b is None or size <= b for b, size in zip(self.bounds, shape, strict=True))
+
+
+_table: dict[int, dict[str, list[_Row]]] = {}
+_forced: dict[str, Tile] = {}
+
+
+@functools.lru_cache(4096)
+def find(op: str, arch: int, tokens: int, columns: int, outputs: int = 0) -> Tile:
+    """The tile of an op for a shape. Raises KeyError for an op that the table lacks."""
+    if op in _forced:
+        return _forced[op]
+    for known in sorted(_table, reverse=True):
+        if known <= arch and op in _table[known]:
+            for row in _table[known][op]:
+                if row.fits((tokens, columns, outputs)):
+                    return row.tile
+    raise KeyError(f"no tile for {op} on sm_{arch}")
+
+
+def load_table(path: str | Path) -> None:
+    """Put the rows of a table of tiles.json's form in front of those already there."""
+    table = json.loads(Path(path).read_text(encoding="utf-8"))
+    for arch, ops in table.items():
+        for op, rows in ops.items():
+            mine = _table.setdefault(int(arch), {})
+            mine[op] = [_row(r) for r in rows] + mine.get(op, [])
+    find.cache_clear()
+
+
+def rows(arch: int) -> dict[str, list[dict]]:
+    """{op: its tiles} for one architecture, as `override` takes them; for offline compilation."""
+    return {
+        op: [row.tile.options | {"SPLIT": row.tile.split} for row in found]
+        for op, found in _table[arch].items()
+    }
+
+
+@contextlib.contextmanager
+def override(op: str, tile: dict):
+    """Use one tile for every shape of an op inside the block; "SPLIT" in it is Tile.split."""
+    before = dict(_forced)
+    _forced[op] = _tile(tile)
+    find.cache_clear()
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+        find.cache_clear()
+
+
+def _row(entry: dict) -> _Row:
+    bounds = tuple(entry.get(name) for name in _BOUNDS)
+    return _Row(bounds, _tile({k: v for k, v in entry.items() if k not in _BOUNDS}))
+
+
+def _tile(entry: dict) -> Tile:
+    return Tile({k: v for k, v in entry.items() if k != "SPLIT"}, entry.get("SPLIT", 1))
+
+
+load_table(Path(__file__).with_name("tiles.json"))
