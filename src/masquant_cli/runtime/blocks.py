@@ -26,13 +26,15 @@ class MasRMSNorm(nn.Module):
         self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
         self.train(norm.training)
         self.context = context
-        self.readers: tuple[nn.Module, ...] = ()  # those that its output is given to
+        self.readers: tuple[nn.Module, ...] = ()  # the block that is given the output; its linears
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self.plain(x)
         state, weight = self.context.state, self._parameters["weight"]
-        if state.cache is None or _watched(self, *self.readers):
+        # The block's output may be watched all the same (output_attentions).
+        block, *linears = self.readers
+        if state.cache is None or block._forward_pre_hooks or _watched(self, *linears):
             return self.plain(x)
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return self.plain(x)
