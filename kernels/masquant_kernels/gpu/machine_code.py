@@ -1,4 +1,4 @@
-"""What a compiled kernel's machine code says: registers, spills, tensor-core opcodes, its main loop.
+"""What a compiled kernel's machine code says: registers, spills, tensor-core opcodes, main loop.
 
 Read from PTX and, with the wheel's own cuobjdump and nvdisasm, from the cubin: no GPU is needed.
 """
@@ -35,7 +35,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Facts:
-    """`main_loop` is the innermost loop of tensor-core instructions, integer ones first; () without."""
+    """`main_loop`: the innermost loop of tensor-core instructions (integer ones first), or ()."""
 
     kernel: str
     arch: int
