@@ -27,12 +27,13 @@ MAY_IMPORT = {
         *("errors", "progress", "recipe", "rundir", "shards"),
         *("algo", "models", "data", "runtime", "masquant_kernels"),
     },
+    "bench": {"errors", "progress", "algo", "models", "runtime", "masquant_kernels"},
     "pipeline": {"errors", "machine", "progress", "recipe", "rundir", "shards", "stages"},
     "demo": {
         *("errors", "progress", "recipe", "recipe_yaml"),
         *("pipeline", "stages", "models", "runtime"),
     },
-    "cli": {"errors", "recipe_yaml", "pipeline", "demo"},
+    "cli": {"errors", "recipe_yaml", "pipeline", "demo", "bench"},
     "__main__": {"cli"},
     "__init__": {"models", "runtime"},
 }

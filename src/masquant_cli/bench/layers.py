@@ -23,7 +23,7 @@ from masquant_cli.progress import Progress
 def rows(
     settings: Settings, clock: Clock, roof: Roof, progress: Progress, *, layer: bool = False
 ) -> Iterator[list[dict]]:
-    """The rows of one linear and token count after another; `layer`: then of all linears in turn."""
+    """The rows of one linear and token count after another, at last of all in turn if `layer`."""
     groups = [(linear,) for linear in settings.linears]
     if layer:
         groups.append(tuple(settings.linears))
@@ -56,7 +56,8 @@ def _table(group: Sequence[Linear], count: int, settings: Settings, device) -> I
             tokens = Tokens(count, settings.dtype, share)
             if share and tokens.modality(device) is None:
                 continue
-            yield from _joined([[quantized(ranked[li], inputs[li], tokens, 4, ratio)] for li in group])
+            parts = [[quantized(ranked[li], inputs[li], tokens, 4, ratio)] for li in group]
+            yield from _joined(parts)
     if len(group) == 1:
         yield from peers.composed_int8(made[group[0]], inputs[group[0]])
         yield from peers.libraries(made[group[0]], inputs[group[0]])
@@ -80,9 +81,8 @@ def quantized(
         y, rows = run(0), gate.sample(count, x.device)
         chosen = None if modality is None else modality[rows]
         want = site_forward(reference, weights, bits, x.dtype)(x[rows], chosen, packed)
-        # An input may round to the next integer where a backend's rounding ties differ.
-        inside = modality is not None and x.dtype != torch.float32
-        return gate.floats(y[rows], want, 2 * gate.tolerance(x.dtype, k, inside))
+        low_rank = modality is not None and rank > 0
+        return gate.floats(y[rows], want, 2 * gate.tolerance(x.dtype, k, low_rank))
 
     seen = 0 if modality is None else int((modality > 0).sum())
     item = x.element_size()
@@ -137,7 +137,7 @@ def _joined(parts: Sequence[Sequence[Candidate]]) -> Iterator[Candidate]:
 
 
 def _overhead(rows: list[dict]) -> None:
-    """What low rank adds to the quantized linear: time over that of the same without rank, less 1."""
+    """What low rank adds: time over that of the same quantized linear without it, less 1."""
     base = next((r for r in rows if r["name"] == "W4A8"), {}).get("seconds")
     for row in rows:
         if base and row.get("rank_ratio") and "seconds" in row:

@@ -6,6 +6,7 @@ device). Speed-ups are baseline time over candidate time: below 1 is SLOWER, and
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from masquant_cli.bench.gate import Check
 from masquant_cli.bench.roofline import Roof
@@ -101,7 +102,7 @@ def _break_even(speedups: Mapping[int, float]) -> str:
     if slower:
         values = ", ".join(f"{1 / speedups[t]:.2f}x the time" for t in slower)
         said.append(f"SLOWER at T = {', '.join(map(str, slower))} ({values})")
-    for a, b in zip(counts, counts[1:], strict=False):
+    for a, b in pairwise(counts):
         if (speedups[a] >= 1) != (speedups[b] >= 1):
             said.append(f"breaks even between T = {a} and {b}")
     return "; ".join(said)

@@ -21,7 +21,11 @@ from masquant_cli.bench.peers import say
 from masquant_cli.bench.shapes import Decoder
 from masquant_cli.bench.timing import Clock
 from masquant_cli.errors import RecipeError
+from masquant_cli.models.families import family_of
+from masquant_cli.models.sites import layers_path
 from masquant_cli.progress import Progress
+from masquant_cli.runtime.install import install
+from masquant_cli.runtime.scheme import KINDS, Scheme
 
 CHECK_TOKENS = 48
 TOWERS = ("visual", "audio_tower")
@@ -78,8 +82,6 @@ def build(
     settings: Settings, device, dtype: torch.dtype, bits: int | None = None, ratio: float = 0.0
 ) -> nn.Module:
     """The decoder of a configuration on `device`, random; quantized when `bits` is given."""
-    from masquant_cli.runtime.install import install
-
     config, model_class = _config(settings)
     with torch.device("meta"):
         model = model_class(config).to(dtype).eval()
@@ -103,8 +105,6 @@ def _config(settings: Settings):
     import transformers
     from transformers import CONFIG_MAPPING
 
-    from masquant_cli.models.families import family_of
-
     values = dict(settings.decoder.config)
     kind = values.get("model_type")
     if kind not in CONFIG_MAPPING:
@@ -122,12 +122,9 @@ def _config(settings: Settings):
 
 def scheme(settings: Settings, bits: int, ratio: float):
     """Text and vision; the last id of the vocabulary stands for an image token."""
-    from masquant_cli.runtime.scheme import Scheme
-
-    kinds = ("attn_in", "attn_out", "mlp_in", "mlp_out")
     ranks = {
         kind: rank_for(ratio, linear.k, linear.n) if ratio else 0
-        for kind, linear in zip(kinds, settings.decoder.linears, strict=True)
+        for kind, linear in zip(KINDS, settings.decoder.linears, strict=True)
     }
     token = _vocabulary(settings) - 1
     return Scheme(
@@ -200,20 +197,29 @@ def measure(
     for name, pairs in taken.items():
         prefill, decode = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
         weights = resident(models[name])
+        layers = resident(models[name].get_submodule(layers_path(models[name])))
         found[name] = {
             "prefill_seconds": prefill,
             "decode_seconds": decode,
             "weight_bytes": weights,
+            "layers_bytes": layers,
+            "layers_ratio_float32": layers / (4 * _linear_weights(settings)),
             "memory_bytes": weights + peaks[name],
             "check": {"ok": True},
         }
     dense = [row for name, row in found.items() if name.startswith("dense")]
+    fastest = min(dense, key=lambda row: row["prefill_seconds"])
     for row in found.values():
         for phase in ("prefill", "decode"):
             key = f"{phase}_seconds"
             row[f"{phase}_speedup"] = min(d[key] for d in dense) / row[key]
-        row["memory_saving"] = min(d["memory_bytes"] for d in dense) / row["memory_bytes"]
+        row["memory_saving"] = fastest["memory_bytes"] / row["memory_bytes"]
     return found
+
+
+def _linear_weights(settings: Settings) -> int:
+    layers = settings.layers or settings.decoder.layers
+    return layers * sum(linear.k * linear.n for linear in settings.decoder.linears)
 
 
 def _once(model: nn.Module, ids: Tensor, steps: int, clock: Clock) -> tuple[float, float]:

@@ -4,15 +4,28 @@ Nothing heavy is imported up here, so that --help answers at once.
 """
 
 import io
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from masquant_cli import __version__
+from masquant_cli.cli import bench
+from masquant_cli.cli.common import (
+    Against,
+    Config,
+    DryRun,
+    Json,
+    ModelDir,
+    Quiet,
+    Reuse,
+    RunDir,
+    Set,
+    do,
+    read_recipe,
+    show_plan,
+)
 from masquant_cli.errors import MasquantError, RecipeError
 
 app = typer.Typer(
@@ -25,34 +38,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-Config = Annotated[
-    str,
-    typer.Option("--config", "-c", metavar="RECIPE", help="A recipe file or a shipped recipe."),
-]
-RunDir = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Where the stages live [default: runs/<recipe name>]."),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe value; repeatable."),
-]
-Reuse = Annotated[
-    list[Path] | None,
-    typer.Option(metavar="DIR", help="Take finished stages from this run; repeatable."),
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and why.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")]
-ModelDir = Annotated[
-    Path | None,
-    typer.Option("--model", metavar="DIR", help="An exported or float folder, not the run's own."),
-]
-Against = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="The float folder to compare with, not the recipe's model."),
-]
+app.add_typer(bench.app, name="bench")
 
 
 def _version(wanted: bool) -> None:
@@ -126,36 +112,18 @@ def evaluate(
     json: Json = False, dry_run: DryRun = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Score the tasks, and the distance from float by modality."""
-    recipe, where = _recipe(config, run_dir, set_)
+    recipe, where = read_recipe(config, run_dir, set_)
     recipe = _narrowed(recipe, task or (), samples)
     if dry_run:
-        return _plan(recipe, where, (), "export", json, [t.name for t in recipe.evaluation.tasks])
+        tasks = [t.name for t in recipe.evaluation.tasks]
+        return show_plan(recipe, where, (), "export", json, tasks)
 
     def work(progress) -> dict[str, Any]:
         from masquant_cli import pipeline
 
         return pipeline.evaluate(recipe, where, model=model, against=against, progress=progress)
 
-    _do(work, "evaluation", json, quiet)
-
-
-@app.command()
-def bench(
-    config: Config, run_dir: RunDir = None, set_: Set = None,
-    model: ModelDir = None, against: Against = None,
-    json: Json = False, dry_run: DryRun = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
-    """Time float against quantized on this machine, end to end."""
-    recipe, where = _recipe(config, run_dir, set_)
-    if dry_run:
-        return _plan(recipe, where, (), "export", json)
-
-    def work(progress) -> dict[str, Any]:
-        from masquant_cli import pipeline
-
-        return pipeline.bench(recipe, where, model=model, against=against, progress=progress)
-
-    _do(work, "benchmark", json, quiet)
+    do(work, "evaluation", json, quiet)
 
 
 @app.command()
@@ -175,7 +143,7 @@ def demo(
 
         return demo(run_dir, progress=progress, samples=samples)
 
-    _do(work, "comparison", json, quiet)
+    do(work, "comparison", json, quiet)
 
 
 @app.command()
@@ -212,13 +180,6 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(3)
 
 
-def _recipe(config: str, run_dir: Path | None, overrides: list[str] | None):
-    from masquant_cli import recipe_yaml
-
-    recipe = recipe_yaml.load(config, overrides or ())
-    return recipe, run_dir or Path("runs") / recipe.name
-
-
 def _narrowed(recipe, tasks, samples: int | None):
     """The recipe with only the named tasks, and no more than `samples` rows for each."""
     known = {task.name: task for task in recipe.evaluation.tasks}
@@ -236,42 +197,16 @@ def _narrowed(recipe, tasks, samples: int | None):
 
 
 def _stages(until, config, run_dir, overrides, reuse, json, dry_run, quiet) -> None:
-    recipe, where = _recipe(config, run_dir, overrides)
+    recipe, where = read_recipe(config, run_dir, overrides)
     if dry_run:
-        return _plan(recipe, where, reuse or (), until, json)
+        return show_plan(recipe, where, reuse or (), until, json)
 
     def work(progress) -> dict[str, Any]:
         from masquant_cli import pipeline
 
         return pipeline.run(recipe, where, until=until, reuse=reuse or (), progress=progress)
 
-    _do(work, "stages", json, quiet)
-
-
-def _plan(recipe, run_dir: Path, reuse, until: str, json: bool, tasks=None) -> None:
-    from masquant_cli import pipeline
-    from masquant_cli.cli import render
-
-    with render.stdout_reserved():
-        plan = [
-            {"stage": s.stage, "state": s.state, "why": s.why}
-            for s in pipeline.plan(recipe, run_dir, reuse, download=False)
-        ]
-    stages = [s["stage"] for s in plan]
-    plan = plan[: stages.index(until) + 1] if until in stages else plan
-    document = {"recipe": recipe.name, "run_dir": run_dir, "plan": plan}
-    render.output(document | ({"tasks": tasks} if tasks is not None else {}), json, render.plan)
-
-
-def _do(work: Callable[[Any], dict[str, Any]], shape: str, json: bool, quiet: bool) -> None:
-    """Run `work` with progress on stderr, then print what it returns: JSON or a table."""
-    from masquant_cli.cli import console, render
-
-    if quiet or not sys.stderr.isatty():  # libraries' bars too are for terminals only
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    with render.stdout_reserved(), console.progress(quiet) as progress:
-        document = work(progress)
-    render.output(document, json, render.TABLES[shape])
+    do(work, "stages", json, quiet)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -57,11 +57,11 @@ def recipe_list(document: dict[str, Any]) -> None:
         (name, r["model"], f"W{r['weights']}A{r['activations']}", ", ".join(r["modalities"]))
         for name, r in document["recipes"].items()
     ]
-    _table(("recipe", "model", "bits", "modalities"), rows)
+    draw_table(("recipe", "model", "bits", "modalities"), rows)
 
 
 def plan(document: dict[str, Any]) -> None:
-    _table(
+    draw_table(
         ("stage", "state", "why"), [(s["stage"], s["state"], s["why"]) for s in document["plan"]]
     )
     if document.get("tasks"):
@@ -79,7 +79,7 @@ def stages(document: dict[str, Any]) -> None:
         )
         for name, stage in document["stages"].items()
     ]
-    _table(("stage", "state", "time", "peak memory"), rows, right=(2, 3))
+    draw_table(("stage", "state", "time", "peak memory"), rows, right=(2, 3))
     if document.get("export_dir"):
         print("checkpoint:", document["export_dir"])
 
@@ -90,7 +90,7 @@ def evaluation(document: dict[str, Any]) -> None:
         for name, t in document.get("tasks", {}).items()
     ]
     if tasks:
-        _table(("task", "metric", "value", "95 % interval", "samples"), tasks, right=(2, 3, 4))
+        draw_table(("task", "metric", "value", "95 % interval", "samples"), tasks, right=(2, 3, 4))
     sqnr = document.get("sqnr_db") or {}
     rows = [
         (
@@ -102,7 +102,7 @@ def evaluation(document: dict[str, Any]) -> None:
         for modality in sqnr
     ]
     if rows:
-        _table(("modality", "SQNR dB", "KL nats", "flips"), rows, right=(1, 2, 3))
+        draw_table(("modality", "SQNR dB", "KL nats", "flips"), rows, right=(1, 2, 3))
     if document.get("model"):
         print("model:", document["model"])
 
@@ -124,7 +124,7 @@ def benchmark(document: dict[str, Any]) -> None:
         ratios = [number(took[key], ".3f") for key in ("ratio", "ratio_bf16")]
         said = f"{ratios[0]}x the bytes of {took['float_dtype']}, {ratios[1]}x of bf16"
         rows.append(("quantized linears", *sizes, said))
-    _table(("", "float", "quantized", ""), rows, right=(1, 2, 3))
+    draw_table(("", "float", "quantized", ""), rows, right=(1, 2, 3))
     for key, value in document.items():
         if not isinstance(value, Mapping | list):
             print(f"{key.replace('_', ' ')}: {_cell(value)}")
@@ -149,14 +149,14 @@ def comparison(document: dict[str, Any]) -> None:
     ]
     last = ["linears"] if any(row.get("bytes") for row in document["rows"]) else []
     columns = ("method", "bits", *heads, *(f"{m} dB" for m in modalities), *last)
-    _table(columns, cells, right=tuple(range(2, len(columns))))
+    draw_table(columns, cells, right=tuple(range(2, len(columns))))
     for key, title in (("export_dir", "checkpoint"), ("load", "load it with")):
         if document.get(key):
             print(f"{title}: {document[key]}")
 
 
 def doctor(document: dict[str, Any]) -> None:
-    _table(("", ""), list(document["facts"].items()), heads=False)
+    draw_table(("", ""), list(document["facts"].items()), heads=False)
     for warning in document["warnings"]:
         print("warning:", warning)
     for problem in document["problems"]:
@@ -164,11 +164,26 @@ def doctor(document: dict[str, Any]) -> None:
     print("not ready" if document["problems"] else "ready")
 
 
+def _later(name: str) -> Callable[[dict[str, Any]], None]:
+    """A table of render_bench.py, which imports this module."""
+
+    def table(document: dict[str, Any]) -> None:
+        from masquant_cli.cli import render_bench
+
+        getattr(render_bench, name)(document)
+
+    return table
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], None]] = {
     "stages": stages,
     "evaluation": evaluation,
     "benchmark": benchmark,
     "comparison": comparison,
+    "bench kernels": _later("timings"),
+    "bench layers": _later("timings"),
+    "bench model": _later("models"),
+    "bench tune": _later("tiles"),
 }
 
 
@@ -198,7 +213,7 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def _table(columns, rows, right: tuple[int, ...] = (), heads: bool = True) -> None:
+def draw_table(columns, rows, right: tuple[int, ...] = (), heads: bool = True) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

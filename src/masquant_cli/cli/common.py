@@ -1,0 +1,71 @@
+"""What the commands share: options, the recipe they name, and how work is shown."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Config = Annotated[
+    str,
+    typer.Option("--config", "-c", metavar="RECIPE", help="A recipe file or a shipped recipe."),
+]
+RunDir = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where the stages live [default: runs/<recipe name>]."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe value; repeatable."),
+]
+Reuse = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="DIR", help="Take finished stages from this run; repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and why.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")]
+ModelDir = Annotated[
+    Path | None,
+    typer.Option("--model", metavar="DIR", help="An exported or float folder, not the run's own."),
+]
+Against = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="The float folder to compare with, not the recipe's model."),
+]
+
+
+def read_recipe(config: str, run_dir: Path | None, overrides: list[str] | None):
+    from masquant_cli import recipe_yaml
+
+    recipe = recipe_yaml.load(config, overrides or ())
+    return recipe, run_dir or Path("runs") / recipe.name
+
+
+def show_plan(recipe, run_dir: Path, reuse, until: str, json: bool, tasks=None) -> None:
+    from masquant_cli import pipeline
+    from masquant_cli.cli import render
+
+    with render.stdout_reserved():
+        plan = [
+            {"stage": s.stage, "state": s.state, "why": s.why}
+            for s in pipeline.plan(recipe, run_dir, reuse, download=False)
+        ]
+    stages = [s["stage"] for s in plan]
+    plan = plan[: stages.index(until) + 1] if until in stages else plan
+    document = {"recipe": recipe.name, "run_dir": run_dir, "plan": plan}
+    render.output(document | ({"tasks": tasks} if tasks is not None else {}), json, render.plan)
+
+
+def do(work: Callable[[Any], dict[str, Any]], shape: str, json: bool, quiet: bool) -> dict:
+    """Run `work` with progress on stderr; print what it returns, JSON or a table, and return it."""
+    from masquant_cli.cli import console, render
+
+    if quiet or not sys.stderr.isatty():  # libraries' bars too are for terminals only
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    with render.stdout_reserved(), console.progress(quiet) as progress:
+        document = work(progress)
+    render.output(document, json, render.TABLES[shape])
+    return document
