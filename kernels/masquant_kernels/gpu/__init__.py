@@ -4,7 +4,14 @@
 `tiles.py` says with which tile. Importing this without Triton raises ImportError.
 """
 
-from masquant_kernels.gpu.integer import gemm_decode, gemm_w4a8, gemm_w8a8
-from masquant_kernels.gpu.smooth_quant import add_smooth_quant, smooth_quant
+from masquant_kernels.gpu import gemm_w4a16, integer, lowrank, smooth_quant
 
-OPS = {f.__name__: f for f in (smooth_quant, add_smooth_quant, gemm_w4a8, gemm_w8a8, gemm_decode)}
+OPS = {
+    "smooth_quant": smooth_quant.smooth_quant,
+    "add_smooth_quant": smooth_quant.add_smooth_quant,
+    "lowrank_down": lowrank.lowrank_down,
+    "gemm_w4a8": integer.gemm_w4a8,
+    "gemm_w8a8": integer.gemm_w8a8,
+    "gemm_w4a16": gemm_w4a16.gemm_w4a16,
+    "gemm_decode": integer.gemm_decode,
+}

@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 
 from masquant_kernels.gpu.common import cast
-from masquant_kernels.gpu.mainloop import channel_sums, group_sums_scaled
+from masquant_kernels.gpu.mainloop import channel_sums, group_sums
+
+DECODE_TOKENS = 16  # tokens of the smallest tile; up to here splitting the inputs pays
+FINISH_BLOCK = 256  # outputs of one program of finish_kernel
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -34,7 +37,7 @@ def split_kernel(
             BITS, BT, BN, BK, RAGGED,
         )  # fmt: skip
     else:
-        part = group_sums_scaled(
+        part = group_sums(
             q_ptr, w_ptr, w_scale_ptr, zero_ptr, sums_ptr, rt % T, rn % N, start, stop,
             q_columns, w_columns, G, BITS, GROUP, BT, BN, RAGGED,
         )  # fmt: skip
@@ -48,7 +51,10 @@ def finish_kernel(
     T, N,
     BITS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y[t, n] = (sum over s of parts[s, t, n]) * scale[t] * weight_scale[n] + bias[n]."""
+    """y[t, n] = (sum over s of parts[s, t, n]) * scale[t] * weight_scale[n] + bias[n].
+
+    Without scale[t] where the activations are floats, without weight_scale[n] where it is grouped.
+    """
     t = tl.program_id(1)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
@@ -61,7 +67,9 @@ def finish_kernel(
         if zero_ptr is not None:
             zero = tl.load(zero_ptr + n, mask=inside, other=0).to(tl.int32)
             total -= zero * tl.load(sums_ptr + t)
-    y = total.to(tl.float32) * tl.load(scale_ptr + t)
+    y = total.to(tl.float32)
+    if scale_ptr is not None:
+        y *= tl.load(scale_ptr + t)
     if GROUP == 0:
         y *= tl.load(w_scale_ptr + n, mask=inside, other=0.0)
     if bias_ptr is not None:

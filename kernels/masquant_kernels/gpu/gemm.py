@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from masquant_kernels.gpu.epilogue import add_bias, add_low_rank, store, tile_order
-from masquant_kernels.gpu.mainloop import centred, channel_sums, group_sums_scaled
+from masquant_kernels.gpu.mainloop import centred, channel_sums, group_sums
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -31,7 +31,7 @@ def gemm_kernel(
         )  # fmt: skip
         y = centred(sums, zero_ptr, sums_ptr, rt % T, rn % N, BITS).to(tl.float32)
     else:
-        y = group_sums_scaled(
+        y = group_sums(
             q_ptr, w_ptr, w_scale_ptr, zero_ptr, sums_ptr, rt % T, rn % N, 0, q_columns,
             q_columns, w_columns, G, BITS, GROUP, BT, BN, RAGGED,
         )  # fmt: skip

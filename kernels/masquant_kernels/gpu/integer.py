@@ -5,12 +5,9 @@ import triton
 
 from masquant_kernels.gpu import tiles
 from masquant_kernels.gpu.common import backend_op
-from masquant_kernels.gpu.decode import finish_kernel, split_kernel
+from masquant_kernels.gpu.decode import DECODE_TOKENS, FINISH_BLOCK, finish_kernel, split_kernel
 from masquant_kernels.gpu.gemm import gemm_kernel
 from masquant_kernels.gpu.groups import group_of, input_sums
-
-DECODE_TOKENS = 16  # tokens of the smallest tile; up to here splitting the inputs pays
-FINISH_BLOCK = 256  # outputs of one program of finish_kernel
 
 
 @backend_op

@@ -26,8 +26,8 @@ def unpack(p):
             """{
             .reg .b32 t;
             shl.b32 t, $2, 4;
-            and.b32 $0, t, 0xF0F0F0F0;
             and.b32 $1, $2, 0xF0F0F0F0;
+            and.b32 $0, t, 0xF0F0F0F0;
             }""",
             "=r,=r,r", [p], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
         )  # fmt: skip
@@ -96,15 +96,16 @@ def centred(sums, zero_ptr, input_sums_ptr, rt, rn, BITS: tl.constexpr):
 
 
 @triton.jit
-def group_sums_scaled(
-    q_ptr, w_ptr, scale_ptr, zero_ptr, sums_ptr, rt, rn, start, stop, q_columns, w_columns, G,
+def group_sums(
+    q_ptr, w_ptr, scale_ptr, zero_ptr, input_sums_ptr, rt, rn, start, stop,
+    q_columns, w_columns, G,
     BITS: tl.constexpr, GROUP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     RAGGED: tl.constexpr,
 ):  # fmt: skip
     """sum over k of (Qw[rn, k] - zero[rn, g]) * weight_scale[rn, g] * q[rt, k] -> f32 [BN, BT].
 
     GROUP: inputs g of a group: 32, 64 or a multiple of 128. start: a multiple of 128.
-    sums_ptr: int32 [T, G], the sum of q over each group; present when zero_ptr is.
+    input_sums_ptr: int32 [T, G], the sum of q over each group; present when zero_ptr is.
     Each group's integer sum is exact; groups are added in order, in f32.
     """
     STEP: tl.constexpr = 32 if GROUP == 32 else 64
@@ -115,6 +116,13 @@ def group_sums_scaled(
     for k in range(start, stop, 128):
         for j0 in tl.static_range(0, 64, STEP):
             low, high = k + j0, k + j0 + 64  # first inputs of the two halves
+            # Scales are asked for ahead of the products, which hide how long they take.
+            scale0, zero0, sums0 = _of_groups(
+                scale_ptr, zero_ptr, input_sums_ptr, rt, rn, low // GROUP, G, BITS
+            )
+            scale1, zero1, sums1 = _of_groups(
+                scale_ptr, zero_ptr, input_sums_ptr, rt, rn, high // GROUP, G, BITS
+            )
             q0 = tl.load(q_row + low)
             q1 = tl.load(q_row + high)
             if BITS == 4:
@@ -124,24 +132,29 @@ def group_sums_scaled(
                 w1 = load(w_row + high, high + j[None, :], w_columns, RAGGED)
             part = tl.dot(w0, q0, out_dtype=tl.int32)
             if GROUP < 128:
-                acc += _scaled(part, scale_ptr, zero_ptr, sums_ptr, rt, rn, low // GROUP, G, BITS)
+                acc += (part - zero0 * sums0).to(tl.float32) * scale0
                 part = tl.dot(w1, q1, out_dtype=tl.int32)
             else:
                 part = tl.dot(w1, q1, part, out_dtype=tl.int32)
-            acc += _scaled(part, scale_ptr, zero_ptr, sums_ptr, rt, rn, high // GROUP, G, BITS)
+            acc += (part - zero1 * sums1).to(tl.float32) * scale1
     return acc
 
 
 @triton.jit
-def _scaled(part, scale_ptr, zero_ptr, sums_ptr, rt, rn, g, G, BITS: tl.constexpr):
-    """One group's integer sums -> f32 [BN, BT]. Groups past the last hold zeros only."""
-    of_rn = tl.zeros_like(rn) + g < G  # vectors: the interpreter takes no scalar for a mask
-    of_rt = tl.zeros_like(rt) + g < G
-    scale = tl.load(scale_ptr + rn.to(tl.int64) * G + g, mask=of_rn, other=0.0)
-    if BITS == 4:
-        part = part >> 4
+def _of_groups(scale_ptr, zero_ptr, input_sums_ptr, rt, rn, g, G, BITS: tl.constexpr):
+    """Group g's scales [BN, 1], zero points [BN, 1] and input sums [1, BT], in the unit of the
+    product, which is 16 at 4 bits."""
+    UNIT: tl.constexpr = 16 if BITS == 4 else 1
+    scale = of_group(scale_ptr, rn, g, G)[:, None] * (1.0 / UNIT)
     if zero_ptr is not None:
-        zero = tl.load(zero_ptr + rn.to(tl.int64) * G + g, mask=of_rn, other=0).to(tl.int32)
-        sums = tl.load(sums_ptr + rt.to(tl.int64) * G + g, mask=of_rt, other=0)
-        part -= zero[:, None] * sums[None, :]
-    return part.to(tl.float32) * scale[:, None]
+        zero = of_group(zero_ptr, rn, g, G).to(tl.int32)[:, None] * UNIT
+        return scale, zero, of_group(input_sums_ptr, rt, g, G)[None, :]
+    else:
+        return scale, 0, 0
+
+
+@triton.jit
+def of_group(ptr, rows, g, G):
+    """[:, G] -> what `rows` hold for group g; zero past the last one, where inputs are padding."""
+    inside = tl.zeros_like(rows) + g < G  # a vector: the interpreter takes no scalar for a mask
+    return tl.load(ptr + rows.to(tl.int64) * G + g, mask=inside, other=0)
