@@ -1,9 +1,12 @@
 """The ops, once: schema, shape rules, fake implementation. Which code runs is dispatch.py's choice.
 
-    torch.ops.masquant.smooth_quant(x, smooth_inv, modality, bits, norm_weight, eps, up)
-    torch.ops.masquant.add_smooth_quant(x, residual, smooth_inv, modality, bits, norm_weight, eps)
-    torch.ops.masquant.lowrank_down(x, smooth_inv, modality, lr_a, norm_weight, eps, up)
-    torch.ops.masquant.gemm_w4a8 | gemm_w8a8 | gemm_w4a16 | gemm_decode(...)
+    smooth_quant(x, smooth_inv, modality, bits, norm_weight, eps, up)
+    add_smooth_quant(x, residual, smooth_inv, modality, bits, norm_weight, eps)
+    lowrank_down(x, smooth_inv, modality, lr_a, norm_weight, eps, up)
+    gemm_w4a8 | gemm_w8a8 | gemm_w4a16 | gemm_decode(...)
+
+The functions here and torch.ops.masquant.* are the same; called from here, eager code does not
+pay for torch's dispatcher, and traced code meets the ops.
 
 T tokens, K inputs, Kp = K padded to a multiple of 128, N outputs, G groups, M modalities (the
 first is the base), R the rank. Tensors:
@@ -23,6 +26,8 @@ first is the base), R the rank. Tensors:
 
 `reference.py` is the definition of every op. Arguments that do not fit raise ValueError.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -73,14 +78,14 @@ _library = torch.library.Library("masquant", "DEF")
 
 def _smooth_quant(x, smooth_inv, modality, bits, norm_weight=None, eps=0.0, up=None):
     _check_input(x, smooth_inv, modality, norm_weight, up)
-    _require(bits in (4, 6, 8), f"activation bits must be 4, 6 or 8, got {bits}")
+    _require(bits in (4, 6, 8), lambda: f"activation bits must be 4, 6 or 8, got {bits}")
     return _quantized(x)
 
 
 def _add_smooth_quant(x, residual, smooth_inv, modality, bits, norm_weight=None, eps=0.0):
     _require(
         residual.shape == x.shape and residual.dtype == x.dtype,
-        f"residual is {_say(residual)}, x {_say(x)}",
+        lambda: f"residual is {_say(residual)}, x {_say(x)}",
     )
     return *_smooth_quant(x, smooth_inv, modality, bits, norm_weight), x.new_empty(x.shape)
 
@@ -93,11 +98,11 @@ def _quantized(x):
 
 def _lowrank_down(x, smooth_inv, modality, lr_a, norm_weight=None, eps=0.0, up=None):
     _check_input(x, smooth_inv, modality, norm_weight, up)
-    _require(modality is not None, "lowrank_down needs the modality of each token")
+    _require(modality is not None, lambda: "lowrank_down needs the modality of each token")
     count, columns = smooth_inv.shape[0] - 1, x.shape[1]
     _require(
         lr_a.dtype == torch.float16 and lr_a.ndim == 3 and lr_a.shape[:2] == (count, columns),
-        f"lr_a must be float16 [{count}, {columns}, R], got {_say(lr_a)}",
+        lambda: f"lr_a must be float16 [{count}, {columns}, R], got {_say(lr_a)}",
     )
     return x.new_empty(x.shape[0], count * lr_a.shape[2], dtype=hidden_dtype(x.dtype))
 
@@ -122,8 +127,10 @@ def _gemm_w8a8(
 def _gemm_w4a16(
     u, weight_packed, weight_scale, weight_zero_point, group_size, bias, h, lr_b, modality, dtype
 ):  # fmt: skip
-    _require(u.ndim == 2 and u.dtype in _FLOATS, f"u must be float [T, K], got {_say(u)}")
-    _require(u.stride(1) == 1 or u.shape[1] <= 1, "u must be contiguous in its last dimension")
+    _require(u.ndim == 2 and u.dtype in _FLOATS, lambda: f"u must be float [T, K], got {_say(u)}")
+    _require(
+        u.stride(1) == 1 or u.shape[1] <= 1, lambda: "u must be contiguous in its last dimension"
+    )
     _check_weight(weight_packed, weight_scale, weight_zero_point, group_size, 4, u.shape[1])
     return _output(u, weight_packed, bias, h, lr_b, modality, dtype)
 
@@ -131,8 +138,10 @@ def _gemm_w4a16(
 def _gemm_decode(
     q, scale, weight_packed, weight_scale, weight_zero_point, group_size, bias, weight_bits, dtype
 ):  # fmt: skip
-    _require(q.shape[0] <= DECODE_TOKENS, f"gemm_decode takes at most {DECODE_TOKENS} tokens")
-    _require(weight_bits in (4, 8), f"weight_bits must be 4 or 8, got {weight_bits}")
+    _require(
+        q.shape[0] <= DECODE_TOKENS, lambda: f"gemm_decode takes at most {DECODE_TOKENS} tokens"
+    )
+    _require(weight_bits in (4, 8), lambda: f"weight_bits must be 4 or 8, got {weight_bits}")
     _check_quantized(q, scale)
     zero = weight_zero_point
     _check_weight(weight_packed, weight_scale, zero, group_size, weight_bits, q.shape[1])
@@ -140,28 +149,30 @@ def _gemm_decode(
 
 
 def _check_input(x, smooth_inv, modality, norm_weight, up):
-    _require(x.ndim == 2 and x.dtype in _FLOATS, f"x must be float [T, K], got {_say(x)}")
-    _require(x.stride(1) == 1 or x.shape[1] <= 1, "x must be contiguous in its last dimension")
+    _require(x.ndim == 2 and x.dtype in _FLOATS, lambda: f"x must be float [T, K], got {_say(x)}")
+    _require(
+        x.stride(1) == 1 or x.shape[1] <= 1, lambda: "x must be contiguous in its last dimension"
+    )
     tokens, columns = x.shape
     _require(
         smooth_inv.dtype == torch.float32
         and smooth_inv.ndim == 2
         and smooth_inv.shape[1] == columns
         and smooth_inv.is_contiguous(),
-        f"smooth_inv must be contiguous float32 [M, {columns}], got {_say(smooth_inv)}",
+        lambda: f"smooth_inv must be contiguous float32 [M, {columns}], got {_say(smooth_inv)}",
     )
     _check_modality(modality, tokens)
     _check_range(modality, len(smooth_inv))
     if norm_weight is not None:
-        _require(up is None, "norm_weight and up cannot be given together")
+        _require(up is None, lambda: "norm_weight and up cannot be given together")
         _require(
             norm_weight.shape == (columns,) and norm_weight.dtype in _FLOATS,
-            f"norm_weight must be float [{columns}], got {_say(norm_weight)}",
+            lambda: f"norm_weight must be float [{columns}], got {_say(norm_weight)}",
         )
     if up is not None:
         _require(
             up.shape == x.shape and up.dtype == x.dtype and (up.stride(1) == 1 or columns <= 1),
-            f"up must be like x ({_say(x)}), got {_say(up)}",
+            lambda: f"up must be like x ({_say(x)}), got {_say(up)}",
         )
 
 
@@ -171,7 +182,7 @@ def _check_modality(modality, tokens):
             modality.dtype == torch.int32
             and modality.shape == (tokens,)
             and modality.is_contiguous(),
-            f"modality must be contiguous int32 [{tokens}], got {_say(modality)}",
+            lambda: f"modality must be contiguous int32 [{tokens}], got {_say(modality)}",
         )
 
 
@@ -182,17 +193,22 @@ def _check_range(modality, count):
     if isinstance(modality, FakeTensor) or not modality.numel():
         return
     low, high = (int(v) for v in modality.aminmax())
-    _require(0 <= low and high < count, f"modality lies in 0..{count - 1}, got {low}..{high}")
+    _require(
+        0 <= low and high < count, lambda: f"modality lies in 0..{count - 1}, got {low}..{high}"
+    )
 
 
 def _check_quantized(q, scale):
     _require(
-        q.ndim == 2 and q.dtype == torch.int8 and q.shape[1] % PACK_BLOCK == 0 and q.is_contiguous(),
-        f"q must be contiguous int8 [T, multiple of {PACK_BLOCK}], got {_say(q)}",
+        q.ndim == 2
+        and q.dtype == torch.int8
+        and q.shape[1] % PACK_BLOCK == 0
+        and q.is_contiguous(),
+        lambda: f"q must be contiguous int8 [T, multiple of {PACK_BLOCK}], got {_say(q)}",
     )
     _require(
         scale.dtype == torch.float32 and scale.shape == (q.shape[0],),
-        f"scale must be float32 [{q.shape[0]}], got {_say(scale)}",
+        lambda: f"scale must be float32 [{q.shape[0]}], got {_say(scale)}",
     )
 
 
@@ -200,14 +216,14 @@ def _check_weight(packed, scale, zero, group_size, bits, columns):
     """columns: of the activations, Kp or (gemm_w4a16) K."""
     _require(
         packed.dtype == torch.int8 and packed.ndim == 2 and packed.is_contiguous(),
-        f"weight_packed must be contiguous int8 [N, columns], got {_say(packed)}",
+        lambda: f"weight_packed must be contiguous int8 [N, columns], got {_say(packed)}",
     )
     width = packed.shape[1]
     if bits == 4:
         fits = width == packed_columns(columns)
     else:
         fits = columns - PACK_BLOCK < width <= columns
-    _require(fits, f"{columns} inputs do not meet {bits}-bit weight_packed {_say(packed)}")
+    _require(fits, lambda: f"{columns} inputs do not meet {bits}-bit weight_packed {_say(packed)}")
     out = packed.shape[0]
     groups = scale.shape[1] if scale.ndim == 2 else 0
     fits = scale.dtype == torch.float32 and scale.shape == (out, groups) and scale.is_contiguous()
@@ -218,63 +234,77 @@ def _check_weight(packed, scale, zero, group_size, bits, columns):
         fits = fits and groups == 1
     _require(
         fits and group_size >= 0,
-        f"weight_scale {_say(scale)} does not fit N = {out}, group_size {group_size}",
+        lambda: f"weight_scale {_say(scale)} does not fit N = {out}, group_size {group_size}",
     )
     if zero is not None:
         _require(
             zero.dtype == torch.int8 and zero.shape == scale.shape and zero.is_contiguous(),
-            f"weight_zero_point must be int8 {tuple(scale.shape)}, got {_say(zero)}",
+            lambda: f"weight_zero_point must be int8 {tuple(scale.shape)}, got {_say(zero)}",
         )
 
 
 def _output(x, weight_packed, bias, h, lr_b, modality, dtype):
     tokens, out = x.shape[0], weight_packed.shape[0]
-    _require(dtype in _FLOATS, f"the output is float32, bfloat16 or float16, not {dtype}")
+    _require(dtype in _FLOATS, lambda: f"the output is float32, bfloat16 or float16, not {dtype}")
     if bias is not None:
         _require(
             bias.shape == (out,) and bias.dtype in _FLOATS and bias.is_contiguous(),
-            f"bias must be float [{out}], got {_say(bias)}",
+            lambda: f"bias must be float [{out}], got {_say(bias)}",
         )
     if h is not None:
-        _require(lr_b is not None and modality is not None, "h needs lr_b and modality")
+        _require(lr_b is not None and modality is not None, lambda: "h needs lr_b and modality")
         _check_modality(modality, tokens)
         _require(
             lr_b.dtype == torch.float16
             and lr_b.ndim == 3
             and lr_b.shape[2] == out
             and lr_b.is_contiguous(),
-            f"lr_b must be contiguous float16 [M-1, R, {out}], got {_say(lr_b)}",
+            lambda: f"lr_b must be contiguous float16 [M-1, R, {out}], got {_say(lr_b)}",
         )
         width = lr_b.shape[0] * lr_b.shape[1]
         _require(
             h.dtype in (torch.float32, torch.bfloat16)
             and h.shape == (tokens, width)
             and h.is_contiguous(),
-            f"h must be contiguous float32 or bfloat16 [{tokens}, {width}], got {_say(h)}",
+            lambda: f"h must be contiguous float32 or bfloat16 [{tokens}, {width}], got {_say(h)}",
         )
     return x.new_empty(tokens, out, dtype=dtype)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(f"masquant: {message}")
+def _require(condition: bool, message: Callable[[], str]) -> None:
+    if not condition:  # the message is made only now: these rules run at every call
+        raise ValueError(f"masquant: {message()}")
 
 
 def _say(t: Tensor) -> str:
     return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
 
 
-def _register(name: str) -> None:
+def _register(name: str):
     rule = globals()[f"_{name}"]
     _library.define(f"{name}{SCHEMAS[name]}")
 
     def run(*args, **kwargs):
         return dispatch.call(name, rule, args, kwargs)
 
-    run.__name__ = name
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"masquant::{name}", rule, lib=_library)
+    op = getattr(torch.ops.masquant, name).default
+
+    def entry(*args, **kwargs):
+        # torch's dispatcher takes 10 us for this many arguments: as long as a small GEMV.
+        plain = type(args[0]) is Tensor and not torch.compiler.is_compiling()
+        return run(*args, **kwargs) if plain else op(*args, **kwargs)
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = f"torch.ops.masquant.{name}{SCHEMAS[name]}"
+    return entry
 
 
-for _name in SCHEMAS:
-    _register(_name)
+smooth_quant = _register("smooth_quant")
+add_smooth_quant = _register("add_smooth_quant")
+lowrank_down = _register("lowrank_down")
+gemm_w4a8 = _register("gemm_w4a8")
+gemm_w8a8 = _register("gemm_w8a8")
+gemm_w4a16 = _register("gemm_w4a16")
+gemm_decode = _register("gemm_decode")

@@ -27,11 +27,11 @@ class _Smooth(Structure):  # smooth.h
 
 class _Gemm(Structure):  # gemm.h
     _fields_ = [
-        *((n, c_void_p) for n in ("q", "scale", "packed", "weight_scale", "zero", "bias")),
+        *((n, c_void_p) for n in ("q", "scale", "u", "packed", "weight_scale", "zero", "bias")),
         *((n, c_void_p) for n in ("h", "lr_b", "modality", "y")),
         *((n, c_int64) for n in ("tokens", "padded", "columns", "out", "row_bytes")),
-        *((n, c_int64) for n in ("groups", "group_size", "count", "rank")),
-        *((n, c_int) for n in ("bits", "bias_type", "h_type", "y_type", "threads")),
+        *((n, c_int64) for n in ("groups", "group_size", "count", "rank", "u_stride")),
+        *((n, c_int) for n in ("bits", "u_type", "bias_type", "h_type", "y_type", "threads")),
     ]
 
 
@@ -120,13 +120,33 @@ def _gemm(
 ):  # fmt: skip
     if group_size and not _covers(group_size):
         return NotImplemented
-    tokens, padded = q.shape
+    return _run(
+        out, q.data_ptr(), scale.data_ptr(), None, 0, 0, q.shape[1], columns,
+        packed, weight_scale, zero, group_size, bits, bias, h, lr_b, modality,
+    )  # fmt: skip
+
+
+def gemm_w4a16(
+    out, u, weight_packed, weight_scale, weight_zero_point, group_size,
+    bias, h, lr_b, modality, dtype,
+):  # fmt: skip
+    padded = weight_packed.shape[1] * 2
+    return _run(
+        out, None, None, u.data_ptr(), u.stride(0), _DTYPES[u.dtype], padded, u.shape[1],
+        weight_packed, weight_scale, weight_zero_point, group_size, 4, bias, h, lr_b, modality,
+    )  # fmt: skip
+
+
+def _run(
+    out, q, scale, u, u_stride, u_type, padded, columns,
+    packed, weight_scale, zero, group_size, bits, bias, h, lr_b, modality,
+):  # fmt: skip
     count, rank = (0, 0) if h is None else lr_b.shape[:2]
     g = _Gemm(
-        q.data_ptr(), scale.data_ptr(), packed.data_ptr(), weight_scale.data_ptr(),
+        q, scale, u, packed.data_ptr(), weight_scale.data_ptr(),
         _pointer(zero), _pointer(bias), _pointer(h), _pointer(lr_b), _pointer(modality),
-        out.data_ptr(), tokens, padded, columns, out.shape[1], packed.shape[1],
-        weight_scale.shape[1], group_size, count, rank, bits,
+        out.data_ptr(), out.shape[0], padded, columns, out.shape[1], packed.shape[1],
+        weight_scale.shape[1], group_size, count, rank, u_stride, bits, u_type,
         0 if bias is None else _DTYPES[bias.dtype], 0 if h is None else _DTYPES[h.dtype],
         _DTYPES[out.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -158,5 +178,6 @@ OPS = {
     "lowrank_down": lowrank_down,
     "gemm_w4a8": gemm_w4a8,
     "gemm_w8a8": gemm_w8a8,
+    "gemm_w4a16": gemm_w4a16,
     "gemm_decode": gemm_decode,
 }

@@ -6,9 +6,7 @@
 #include <omp.h>
 
 #include "gemm.h"
-#include "lowrank.h"
 
-#define SPAN 256
 
 const isa_t *isa_here(void) {
   static const isa_t *chosen;
@@ -21,78 +19,6 @@ const isa_t *isa_here(void) {
 }
 
 const char *mq_isa(void) { return isa_here()->name; }
-
-// low[tokens of the span][PANEL] = h @ lr_b; returns 0 when the span holds base tokens alone
-static int low_rank(const gemm_t *g, const ready_t *r, const isa_t *isa, int64_t from, int64_t to,
-                    int64_t first, int64_t wide, float *low) {
-  int any = 0;
-  int64_t padded = r->low_blocks * GROUP;
-  for (int m = 1; m <= g->count; m++) {
-    int converted = 0;
-    int16_t *w = scratch(3, (size_t)(padded * PANEL) * 2);
-    float *ws = scratch(4, (size_t)(r->low_blocks * PANEL) * 4);
-    for (int64_t a = from, b; a < to; a = b) {
-      for (b = a + 1; b < to && g->modality[b] == g->modality[a];) b++;
-      if (g->modality[a] != m) continue;  // [a, b) is a run of one modality
-      if (!any) memset(low, 0, (size_t)((to - from) * PANEL) * 4);
-      if (!converted)
-        to_panel(g->lr_b + (m - 1) * g->rank * g->out + first, g->out, g->rank, wide, w, ws);
-      any = converted = 1;
-      isa->panel(r->h + a * padded, r->hs + a * r->low_blocks, padded, (int)(b - a), w, ws,
-                 r->low_blocks, low + (a - from) * PANEL, PANEL);
-    }
-  }
-  return any;
-}
-
-// [8 outputs][8 tokens] -> [8 tokens][8 outputs]
-INLINE void transpose8(f8 *v) {
-  __m256 a[8], b[8];
-  for (int i = 0; i < 8; i += 2) {
-    a[i] = _mm256_unpacklo_ps((__m256)v[i], (__m256)v[i + 1]);
-    a[i + 1] = _mm256_unpackhi_ps((__m256)v[i], (__m256)v[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; j++) {
-      b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
-      b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
-    }
-  for (int i = 0; i < 4; i++) {
-    v[i] = (f8)_mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
-    v[i + 4] = (f8)_mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
-  }
-}
-
-// The task's part of y for one tile. sums: f32 or int32 [PANEL][TILE], corrected for the offset.
-static void finish_tile(const gemm_t *g, int64_t tile, int64_t first, int64_t wide,
-                        const void *sums, const float *low) {
-  int nt = (int)least(TILE, g->tokens - tile * TILE), integers = !g->group_size;
-  for (int64_t n = 0; n < wide; n += LANES) {
-    float scale[LANES], bias[LANES];
-    f8 v[LANES];
-    int some = (int)least(LANES, wide - n);
-    for (int i = 0; i < LANES; i++) {
-      int64_t o = first + n + i;
-      scale[i] = i < some && integers ? g->weight_scale[o] : 1;
-      bias[i] = i < some && g->bias ? load1(g->bias, o, g->bias_type) : 0;
-      const float *s = (const float *)sums + (n + i) * TILE;
-      v[i] = integers ? (f8)_mm256_cvtepi32_ps(_mm256_load_si256((const __m256i *)s))
-                      : load8(s, 0, F32);
-    }
-    transpose8(v);
-    for (int t = 0; t < nt; t++) {
-      int64_t row = tile * TILE + t;
-      f8 y = v[t] * g->scale[row];
-      if (integers) y = y * load8(scale, 0, F32);
-      if (low) y += load8(low, t * PANEL + n, F32);
-      if (g->bias) y += load8(bias, 0, F32);
-      int64_t at = row * g->out + first + n;
-      if (some == LANES) store8(g->y, at, y, g->y_type);
-      else
-        for (int i = 0; i < some; i++) store1(g->y, at + i, y[i], g->y_type);
-    }
-  }
-}
 
 // sums[i][n][t] += the products of one pass, for every tile i of the task and its outputs n
 static void multiply_pass(const gemm_t *g, const ready_t *r, const isa_t *isa, int64_t pass,
@@ -115,6 +41,7 @@ static void multiply_pass(const gemm_t *g, const ready_t *r, const isa_t *isa, i
     const int *ends = r->ends + at * (CHUNK / FLUSH);
     for (int64_t n = 0; n < wide; n++) {
       int64_t place = (i * PANEL + n) * TILE;
+      if (i == 0) prefetch(g, pass, r->step, r->chunks, first + n);
       for (int half = 0; half <= halves; half++) {
         const uint8_t *row = (half ? high : w) + n * CHUNK;
         if (size) {
@@ -129,92 +56,68 @@ static void multiply_pass(const gemm_t *g, const ready_t *r, const isa_t *isa, i
   }
 }
 
-// Unsigned weights are w + 8 or w + 128: what that (and a zero point) adds is taken off again.
-static int32_t offset_of(const gemm_t *g, int64_t i) {
-  return (g->bits == 4 ? 8 : 128) + (g->zero ? g->zero[i] : 0);
-}
-
-static void take_off(const gemm_t *g, const ready_t *r, int64_t from, int64_t to, int64_t first,
-                     int64_t wide, void *sums) {
-  float *off = scratch(6, (size_t)r->group_stride * 4 + 64);
-  for (int64_t n = 0; n < wide; n++) {
-    int64_t o = first + n;
-    for (int64_t i = 0; g->group_size && i < r->group_stride; i++)
-      off[i] = i < g->groups ? g->weight_scale[o * g->groups + i] *
-                                   (float)offset_of(g, o * g->groups + i)
-                             : 0;
-    for (int64_t t = from; t < to; t++) {
-      int64_t place = ((t - from) / TILE * PANEL + n) * TILE + (t - from) % TILE;
-      if (g->group_size) {
-        f8 sum = splat(0);
-        for (int64_t i = 0; i < r->group_stride; i += LANES)
-          sum += load8(off, i, F32) * load8(r->group_sums, t * r->group_stride + i, F32);
-        ((float *)sums)[place] -= sum8(sum);
-      } else {
-        ((int32_t *)sums)[place] -= offset_of(g, o) * r->sums[t];
-      }
-    }
-  }
-}
-
 static void run_task(const gemm_t *g, const ready_t *r, const isa_t *isa, int64_t from, int64_t to,
                      int64_t first, int64_t wide) {
   int64_t tiles = ceil_div(to - from, TILE);
   size_t bytes = (size_t)(tiles * PANEL * TILE) * 4;
-  void *sums = scratch(1, bytes);  // f32 with groups, else int32
+  void *sums = scratch(1, bytes);
   memset(sums, 0, bytes);
-  for (int64_t pass = 0; pass < r->chunks; pass++)
-    multiply_pass(g, r, isa, pass, from, tiles, first, wide, sums);
-  take_off(g, r, from, to, first, wide, sums);
+  for (int64_t pass = 0; pass < r->chunks; pass++) {
+    if (g->u) float_pass(g, r, pass, from, tiles, first, wide, sums);
+    else multiply_pass(g, r, isa, pass, from, tiles, first, wide, sums);
+  }
   float *low = scratch(5, SPAN * PANEL * 4);
   int compensated = g->h && low_rank(g, r, isa, from, to, first, wide, low);
   for (int64_t i = 0; i < tiles; i++)
-    finish_tile(g, from / TILE + i, first, wide, (float *)sums + i * PANEL * TILE,
+    finish_tile(g, r, from / TILE + i, first, wide, (int32_t *)sums + i * PANEL * TILE,
                 compensated ? low + i * TILE * PANEL : 0);
 }
 
 static void one_token(const gemm_t *g, const isa_t *isa) {
   int32_t sum = sum_q(g->q, g->padded);
+  int offset = g->bits == 4 ? 8 : 128;
   float scale = *g->scale;
 #pragma omp parallel for num_threads(threads_for(g->out * g->columns, g->threads)) schedule(static)
   for (int64_t o = 0; o < g->out; o++) {
     const int8_t *row = g->packed + o * g->row_bytes;
     int32_t v = g->bits == 4 ? isa->row_int4(row, g->q, g->padded)
                              : isa->row_int8(row, g->q, g->columns);
-    float y = (float)(v - offset_of(g, o) * sum) * scale * g->weight_scale[o];
+    int32_t off = offset + (g->zero ? g->zero[o] : 0);
+    float y = (float)(v - off * sum) * scale * g->weight_scale[o];
     if (g->bias) y += load1(g->bias, o, g->bias_type);
     store1(g->y, o, y, g->y_type);
   }
 }
 
-void mq_gemm(const gemm_t *g) {
-  const isa_t *isa = isa_here();
-  if (g->group_size % isa->lanes) isa = &isa_avx2;
-  if (g->tokens == 1 && !g->group_size && !g->h) {
-    one_token(g, isa);
-    return;
-  }
-  int64_t tokens = g->tokens, tiles = ceil_div(tokens, TILE), step = CHUNK, stride = 0;
-  if (g->group_size) {
-    stride = ceil_div(g->groups, LANES) * LANES;
+static void run_slab(const gemm_t *g, const isa_t *isa) {
+  int64_t tokens = g->tokens, tiles = ceil_div(tokens, TILE), step = CHUNK;
+  if (g->u) {
+    step = FLOAT_CHUNK;
+  } else if (g->group_size) {
     for (step = BLOCK; step % g->group_size;) step += BLOCK;  // whole blocks, whole groups
     step = CHUNK / step * step;
   }
   ready_t r = {.step = step,
                .chunks = ceil_div(g->padded, step),
-               .group_stride = stride,
                .low_blocks = ceil_div(g->rank, GROUP)};
   // The workers share one piece of the calling thread's scratch, cut up.
-  int64_t sizes[] = {tokens * g->padded, tokens * 4, tokens * stride * 4,
-                     tiles * r.chunks * (CHUNK / FLUSH) * 4, tiles * r.chunks * 4,
-                     tokens * r.low_blocks * GROUP * 2, tokens * r.low_blocks * 4};
-  void **parts[] = {(void **)&r.q, (void **)&r.sums, (void **)&r.group_sums, (void **)&r.ends,
-                    (void **)&r.count, (void **)&r.h, (void **)&r.hs};
+  int64_t sizes[] = {g->u ? 0 : tokens * g->padded,
+                     g->u ? tokens * g->padded * 4 : 0,
+                     tiles * TILE * 4,
+                     g->group_size ? tiles * TILE * g->groups * 4 : 0,
+                     tiles * r.chunks * (CHUNK / FLUSH) * 4,
+                     tiles * r.chunks * 4,
+                     tokens * r.low_blocks * GROUP * 2,
+                     tokens * r.low_blocks * 4};
+  void **parts[] = {(void **)&r.q, (void **)&r.u, (void **)&r.sums, (void **)&r.group_sums,
+                    (void **)&r.ends, (void **)&r.count, (void **)&r.h, (void **)&r.hs};
   int64_t total = 0;
-  for (int i = 0; i < 7; i++) total += (sizes[i] + 63) & ~63LL;
+  for (int i = 0; i < 8; i++) total += (sizes[i] + 63) & ~63LL;
   char *base = scratch(7, (size_t)total);
-  for (int i = 0; i < 7; base += (sizes[i++] + 63) & ~63LL) *parts[i] = base;
+  for (int i = 0; i < 8; base += (sizes[i++] + 63) & ~63LL) *parts[i] = base;
   int64_t panels = ceil_div(g->out, PANEL), spans = ceil_div(tokens, SPAN);
+  int64_t neighbours = panels * spans / (8 * g->threads);  // panels that one thread takes in a row
+  neighbours = neighbours < 1 ? 1 : least(neighbours, 4);
 #pragma omp parallel num_threads(threads_for(tokens * g->out * g->columns, g->threads))
   {
 #pragma omp for schedule(static)
@@ -223,11 +126,31 @@ void mq_gemm(const gemm_t *g) {
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < tokens; t++) ready_hidden(g, &r, t);
     }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, neighbours)
     for (int64_t task = 0; task < panels * spans; task++) {
       int64_t from = task / panels * SPAN, first = task % panels * PANEL;
-      int64_t to = least(from + SPAN, tokens), wide = least(PANEL, g->out - first);
-      run_task(g, &r, isa, from, to, first, wide);
+      run_task(g, &r, isa, from, least(from + SPAN, tokens), first, least(PANEL, g->out - first));
     }
+  }
+}
+
+void mq_gemm(const gemm_t *given) {
+  const isa_t *isa = isa_here();
+  if (given->group_size % isa->lanes) isa = &isa_avx2;
+  if (given->tokens == 1 && given->q && !given->group_size && !given->h) {
+    one_token(given, isa);
+    return;
+  }
+  gemm_t g = *given;
+  for (int64_t from = 0; from < given->tokens; from += SLAB) {
+    g.tokens = least(SLAB, given->tokens - from);
+    if (g.q) g.q = given->q + from * g.padded, g.scale = given->scale + from;
+    if (g.u) g.u = (const char *)given->u + from * g.u_stride * element_size(g.u_type);
+    if (g.h) {
+      g.h = (const char *)given->h + from * g.count * g.rank * element_size(g.h_type);
+      g.modality = given->modality + from;
+    }
+    g.y = (char *)given->y + from * g.out * element_size(g.y_type);
+    run_slab(&g, isa);
   }
 }

@@ -6,9 +6,11 @@
 #define CHUNK 2048  // inputs of one pass: TILE x CHUNK bytes of q stay in the first-level cache
                     // q of a tile is interleaved, [k / lanes][nt][lanes]: one stream, and rows whose
                     // length is a power of two do not fall on the same cache lines
+#define AHEAD 2048  // bytes that weights are asked for before they are needed
 #define FLUSH 256   // inputs that 16-bit sums can always take: 8 x 2 x 15 x 127 < 2^15
-#define PANEL 32    // outputs of one low-rank panel
-#define PAIRS 16    // pairs of inputs that share the low-rank scales: 2 x 8191^2 x 16 < 2^31
+#define PANEL 32    // outputs of one task, columns of one low-rank panel
+#define GROUP 64    // inputs that share a scale in low-rank products,
+#define LIMIT 5792  // and their largest integer: LIMIT^2 x GROUP < 2^31
 
 typedef struct {
   const char *name;
@@ -20,18 +22,18 @@ typedef struct {
   void (*dot)(const uint8_t *w, const int8_t *q, int nt, const int *ends, int n, int times,
               int32_t *out);
 
-  // out[t] += times * sum_g scale[g] * sum_{k in g} w[k] * q[t][k]; unit inputs a scale.
-  void (*dot_groups)(const uint8_t *w, const int8_t *q, int nt, int64_t length,
-                     int64_t unit, const float *scale, int repeat, int times,
-                      float *out);
+  // out[t] += times * sum_g scale[g] * sum_{k in g} w[k] * q[t][k]; a group is repeat x unit inputs
+  void (*dot_groups)(const uint8_t *w, const int8_t *q, int nt, int64_t length, int64_t unit,
+                     const float *scale, int repeat, int times, float *out);
 
   // One packed row times one row of q: sum_k (w[k] + 8) * q[k] and sum_k (w[k] + 128) * q[k].
   int32_t (*row_int4)(const int8_t *packed, const int8_t *q, int64_t padded);
   int32_t (*row_int8)(const int8_t *w, const int8_t *q, int64_t columns);
 
-  // Low rank: out[t][0..PANEL) += sum_b xs[t][b] * ws[b][n] * sum_{k in b} x[t][k] * w[k][n]
-  void (*panel)(const int16_t *x, const float *xs, int64_t x_stride, int nt, const int16_t *w,
-                const float *ws, int64_t blocks, float *out, int64_t out_stride);
+  // out[t][0..wide) += sum_b xs[t][b] * ws[b][n] * sum_{k in b} x[t][k] * w[b][k / 2][n][k % 2]
+  // for inputs 0..depth (even), blocks b of GROUP; rows of x and xs are x_stride, xs_stride apart.
+  void (*panel)(const int16_t *x, const float *xs, int64_t x_stride, int64_t xs_stride, int nt,
+                const int16_t *w, const float *ws, int64_t depth, int64_t wide, float *out);
 } isa_t;
 
 extern const isa_t isa_avx2, isa_vnni;

@@ -14,12 +14,30 @@ INLINE __m256i add_products(__m256i sum, __m256i w, const int8_t *q) {
   return sum;
 }
 
-INLINE __m256i add_wide_products(__m256i sum, __m256i w, const int16_t *q) {
+INLINE __m256i add_wide_products(__m256i sum, __m256i w, __m256i x) {
   __m256i products;
   __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0"
           : "+x"(sum), "=&x"(products)
-          : "m"(*(const __m256i_u *)q), "x"(w));
+          : "x"(x), "x"(w));
   return sum;
+}
+
+// out[t] += times * (sum of the lanes of v[t]), eight t at once
+INLINE void add_sums(const __m256i *v, int times, int32_t *out) {
+  __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+  __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
+  __m256i sum = _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20),
+                                 _mm256_permute2x128_si256(a, b, 0x31));
+  __m256i *o = (__m256i *)out;
+  *o = _mm256_add_epi32(*o, _mm256_mullo_epi32(sum, _mm256_set1_epi32(times)));
+}
+
+INLINE void add_float_sums(const __m256 *v, float times, float *out) {
+  __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+  __m256 sum = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20),
+                             _mm256_permute2f128_ps(a, b, 0x31));
+  _mm256_store_ps(out, _mm256_fmadd_ps(sum, _mm256_set1_ps(times), _mm256_load_ps(out)));
 }
 
 INLINE int32_t sum_i32(__m256i v) {
@@ -33,7 +51,7 @@ INLINE void dot_nt(const uint8_t *w, const int8_t *q, const int nt, const int *e
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i total[TILE];
 #pragma GCC unroll 8
-  for (int t = 0; t < nt; t++) total[t] = _mm256_setzero_si256();
+  for (int t = 0; t < TILE; t++) total[t] = _mm256_setzero_si256();
   int k = 0;
   for (int i = 0; i < n; i++) {
     __m256i sum[TILE];
@@ -48,8 +66,7 @@ INLINE void dot_nt(const uint8_t *w, const int8_t *q, const int nt, const int *e
     for (int t = 0; t < nt; t++)
       total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(sum[t], ones));
   }
-#pragma GCC unroll 8
-  for (int t = 0; t < nt; t++) out[t] += times * sum_i32(total[t]);
+  add_sums(total, times, out);
 }
 
 INLINE void groups_nt(const uint8_t *w, const int8_t *q, const int nt, int64_t length,
@@ -57,7 +74,7 @@ INLINE void groups_nt(const uint8_t *w, const int8_t *q, const int nt, int64_t l
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 total[TILE];
 #pragma GCC unroll 8
-  for (int t = 0; t < nt; t++) total[t] = _mm256_setzero_ps();
+  for (int t = 0; t < TILE; t++) total[t] = _mm256_setzero_ps();
   int used = 0;
   for (int64_t k = 0; k < length;) {
     __m256i sum[TILE];
@@ -76,8 +93,7 @@ INLINE void groups_nt(const uint8_t *w, const int8_t *q, const int nt, int64_t l
       total[t] = _mm256_fmadd_ps(f, s, total[t]);
     }
   }
-#pragma GCC unroll 8
-  for (int t = 0; t < nt; t++) out[t] += (float)times * sum8((f8)total[t]);
+  add_float_sums(total, (float)times, out);
 }
 
 static int32_t row_int4(const int8_t *packed, const int8_t *q, int64_t padded) {
@@ -88,6 +104,7 @@ static int32_t row_int4(const int8_t *packed, const int8_t *q, int64_t padded) {
     __m256i sum[4];
     for (int j = 0; j < 4; j++) sum[j] = _mm256_setzero_si256();
     for (int64_t end = least(k + 8 * BLOCK, padded); k < end; k += BLOCK) {
+      _mm_prefetch((const char *)packed + k / 2 + AHEAD, _MM_HINT_T0);
       __m256i a = _mm256_xor_si256(at(packed + k / 2), flip);
       __m256i b = _mm256_xor_si256(at(packed + k / 2 + 32), flip);
       __m256i v[4] = {_mm256_and_si256(a, mask), _mm256_and_si256(b, mask),
@@ -111,6 +128,7 @@ static int32_t row_int8(const int8_t *w, const int8_t *q, int64_t columns) {
   for (int64_t k = 0; k < whole;) {
     __m256i low = _mm256_setzero_si256(), high = low;
     for (int64_t end = least(k + FLUSH, whole); k < end; k += 32) {
+      _mm_prefetch((const char *)w + k + AHEAD, _MM_HINT_T0);
       __m256i v = _mm256_xor_si256(at(w + k), flip);
       low = add_products(low, _mm256_and_si256(v, mask), q + k);
       high = add_products(high, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask), q + k);
@@ -123,40 +141,42 @@ static int32_t row_int8(const int8_t *w, const int8_t *q, int64_t columns) {
   return sum;
 }
 
-INLINE void panel_nt(const int16_t *x, const float *xs, int64_t x_stride, const int nt,
-                     const int16_t *w, const float *ws, int64_t blocks, float *out,
-                     int64_t out_stride) {
-  enum { VECTORS = PANEL / 8 };
-  for (int64_t b = 0; b < blocks; b++, w += PAIRS * PANEL * 2, ws += PANEL) {
-    __m256i sum[2][VECTORS];
-#pragma GCC unroll 2
-    for (int t = 0; t < nt; t++)
+// nt <= 4 tokens, 16 columns or (vectors = 1) 8
+INLINE void panel_nt(const int16_t *x, const float *xs, int64_t x_stride, int64_t xs_stride,
+                     const int nt, const int vectors, const int16_t *w, const float *ws,
+                     int64_t depth, float *out) {
+  for (int64_t k = 0; k < depth; xs++, ws += PANEL) {
+    __m256i sum[4][2];
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++) sum[t][v] = _mm256_setzero_si256();
-    const int16_t *pair = x + b * PAIRS * 2;
-    for (int p = 0; p < PAIRS; p++)
-#pragma GCC unroll 2
+    for (int t = 0; t < nt; t++) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
+    for (int64_t end = least(k + GROUP, depth); k < end; k += 2, w += 2 * PANEL) {
+      __m256i v[2] = {at(w), at(w + 16)};
+#pragma GCC unroll 4
       for (int t = 0; t < nt; t++) {
         int32_t two;
-        memcpy(&two, pair + t * x_stride + 2 * p, 4);
+        memcpy(&two, x + t * x_stride + k, 4);
         __m256i both = _mm256_set1_epi32(two);
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++)
-          sum[t][v] = add_wide_products(sum[t][v], both, w + (p * PANEL + 8 * v) * 2);
-      }
 #pragma GCC unroll 2
-    for (int t = 0; t < nt; t++) {
-      __m256 s = _mm256_set1_ps(xs[t * (x_stride / (PAIRS * 2)) + b]);
+        for (int j = 0; j < vectors; j++) sum[t][j] = add_wide_products(sum[t][j], v[j], both);
+      }
+    }
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++) {
-        float *o = out + t * out_stride + 8 * v;
-        __m256 f = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[t][v]), _mm256_loadu_ps(ws + 8 * v));
+    for (int t = 0; t < nt; t++) {
+      __m256 s = _mm256_set1_ps(xs[t * xs_stride]);
+#pragma GCC unroll 2
+      for (int j = 0; j < vectors; j++) {
+        float *o = out + t * PANEL + 8 * j;
+        __m256 f = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[t][j]), _mm256_loadu_ps(ws + 8 * j));
         _mm256_storeu_ps(o, _mm256_fmadd_ps(f, s, _mm256_loadu_ps(o)));
       }
     }
   }
 }
 
+#define PANEL_COLUMNS 16
+#define PANEL_CALL(NT, columns)                                                                  \
+  if (columns > 8) panel_nt(x, xs, x_stride, xs_stride, NT, 2, w, ws, depth, out);               \
+  else panel_nt(x, xs, x_stride, xs_stride, NT, 1, w, ws, depth, out)
 #define ISA isa_avx2
 #define ISA_NAME "avx2"
 #define ISA_LANES 32

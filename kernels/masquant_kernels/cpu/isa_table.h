@@ -26,12 +26,24 @@ static void dot_groups(const uint8_t *w, const int8_t *q, int nt, int64_t length
 #undef CALL
 }
 
-static void panel(const int16_t *x, const float *xs, int64_t x_stride, int nt, const int16_t *w,
-                  const float *ws, int64_t blocks, float *out, int64_t out_stride) {
-  for (; nt >= 2; nt -= 2, x += 2 * x_stride, xs += 2 * (x_stride / (PAIRS * 2)),
-                  out += 2 * out_stride)
-    panel_nt(x, xs, x_stride, 2, w, ws, blocks, out, out_stride);
-  if (nt) panel_nt(x, xs, x_stride, 1, w, ws, blocks, out, out_stride);
+static void panel(const int16_t *all, const float *scales, int64_t x_stride, int64_t xs_stride,
+                  int nt, const int16_t *w, const float *ws, int64_t depth, int64_t wide,
+                  float *result) {
+  for (int64_t n = 0; n < wide; n += PANEL_COLUMNS, w += 2 * PANEL_COLUMNS, ws += PANEL_COLUMNS) {
+    const int16_t *x = all;
+    const float *xs = scales;
+    float *out = result + n;
+    for (int left = nt; left > 0;) {
+      int some = left > 4 ? 4 : left;
+      switch (some) {
+        case 1: PANEL_CALL(1, wide - n); break;
+        case 2: PANEL_CALL(2, wide - n); break;
+        case 3: PANEL_CALL(3, wide - n); break;
+        default: PANEL_CALL(4, wide - n);
+      }
+      left -= some, x += some * x_stride, xs += some * xs_stride, out += some * PANEL;
+    }
+  }
 }
 
 const isa_t ISA = {.name = ISA_NAME,

@@ -48,6 +48,7 @@ static int32_t row_int4(const int8_t *packed, const int8_t *q, int64_t padded) {
   const __m512i mask = _mm512_set1_epi8(15), flip = _mm512_set1_epi8((char)0x88);
   __m512i low = _mm512_setzero_si512(), high = low;
   for (int64_t k = 0; k < padded; k += BLOCK) {  // one load is one block
+    _mm_prefetch((const char *)packed + k / 2 + AHEAD, _MM_HINT_T0);
     __m512i p = _mm512_xor_si512(at(packed + k / 2), flip);
     low = _mm512_dpbusd_epi32(low, _mm512_and_si512(p, mask), at(q + k));
     high = _mm512_dpbusd_epi32(high, _mm512_and_si512(_mm512_srli_epi16(p, 4), mask),
@@ -60,47 +61,51 @@ static int32_t row_int8(const int8_t *w, const int8_t *q, int64_t columns) {
   const __m512i flip = _mm512_set1_epi8((char)0x80);
   __m512i total = _mm512_setzero_si512();
   int64_t whole = columns & ~(int64_t)63;
-  for (int64_t k = 0; k < whole; k += 64)
+  for (int64_t k = 0; k < whole; k += 64) {
+    _mm_prefetch((const char *)w + k + AHEAD, _MM_HINT_T0);
     total = _mm512_dpbusd_epi32(total, _mm512_xor_si512(at(w + k), flip), at(q + k));
+  }
   int32_t sum = _mm512_reduce_add_epi32(total);
   for (int64_t k = whole; k < columns; k++) sum += (w[k] + 128) * q[k];
   return sum;
 }
 
-INLINE void panel_nt(const int16_t *x, const float *xs, int64_t x_stride, const int nt,
-                     const int16_t *w, const float *ws, int64_t blocks, float *out,
-                     int64_t out_stride) {
-  enum { VECTORS = PANEL / 16 };
-  for (int64_t b = 0; b < blocks; b++, w += PAIRS * PANEL * 2, ws += PANEL) {
-    __m512i sum[2][VECTORS];
-#pragma GCC unroll 2
-    for (int t = 0; t < nt; t++)
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; v++) sum[t][v] = _mm512_setzero_si512();
-    const int16_t *pair = x + b * PAIRS * 2;
-    for (int p = 0; p < PAIRS; p++)
-#pragma GCC unroll 2
+// nt <= 4 tokens, 32 columns or (vectors = 1) 16
+INLINE void panel_nt(const int16_t *x, const float *xs, int64_t x_stride, int64_t xs_stride,
+                     const int nt, const int vectors, const int16_t *w, const float *ws,
+                     int64_t depth, float *out) {
+  for (int64_t k = 0; k < depth; xs++, ws += PANEL) {
+    __m512i sum[4][2];
+#pragma GCC unroll 4
+    for (int t = 0; t < nt; t++) sum[t][0] = sum[t][1] = _mm512_setzero_si512();
+    for (int64_t end = least(k + GROUP, depth); k < end; k += 2, w += 2 * PANEL) {
+      __m512i v[2] = {at(w), at(w + 32)};
+#pragma GCC unroll 4
       for (int t = 0; t < nt; t++) {
         int32_t two;
-        memcpy(&two, pair + t * x_stride + 2 * p, 4);
+        memcpy(&two, x + t * x_stride + k, 4);
         __m512i both = _mm512_set1_epi32(two);
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v++)
-          sum[t][v] = _mm512_dpwssd_epi32(sum[t][v], both, at(w + (p * PANEL + 16 * v) * 2));
+        for (int j = 0; j < vectors; j++) sum[t][j] = _mm512_dpwssd_epi32(sum[t][j], v[j], both);
       }
-#pragma GCC unroll 2
+    }
+#pragma GCC unroll 4
     for (int t = 0; t < nt; t++) {
-      __m512 s = _mm512_set1_ps(xs[t * (x_stride / (PAIRS * 2)) + b]);
+      __m512 s = _mm512_set1_ps(xs[t * xs_stride]);
 #pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; v++) {
-        float *o = out + t * out_stride + 16 * v;
-        __m512 f = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[t][v]), _mm512_loadu_ps(ws + 16 * v));
+      for (int j = 0; j < vectors; j++) {
+        float *o = out + t * PANEL + 16 * j;
+        __m512 f = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[t][j]), _mm512_loadu_ps(ws + 16 * j));
         _mm512_storeu_ps(o, _mm512_fmadd_ps(f, s, _mm512_loadu_ps(o)));
       }
     }
   }
 }
 
+#define PANEL_COLUMNS 32
+#define PANEL_CALL(NT, columns)                                                                  \
+  if (columns > 16) panel_nt(x, xs, x_stride, xs_stride, NT, 2, w, ws, depth, out);              \
+  else panel_nt(x, xs, x_stride, xs_stride, NT, 1, w, ws, depth, out)
 #define ISA isa_vnni
 #define ISA_NAME "avx512-vnni"
 #define ISA_LANES 64

@@ -26,10 +26,10 @@ void to_panel(const uint16_t *factor, int64_t stride, int64_t depth, int64_t col
         most[j] = (f8)_mm256_max_ps((__m256)most[j], (__m256)abs8(v));
       }
     for (int j = 0; j < PANEL / 8; j++) {
-      __m256 zero = _mm256_cmp_ps((__m256)most[j], _mm256_set1_ps(1e-30f), _CMP_LT_OQ);
-      f8 by = (f8)_mm256_andnot_ps(zero, (__m256)(8191.0f / most[j]));
-      _mm256_storeu_ps(ws + 8 * j, (__m256)(most[j] / 8191.0f));
-      for (int p = 0; p < PAIRS; p++) {
+      __m256 zero = _mm256_cmp_ps((__m256)most[j], _mm256_set1_ps(TINY), _CMP_LT_OQ);
+      f8 by = (f8)_mm256_andnot_ps(zero, (__m256)((float)LIMIT / most[j]));
+      _mm256_storeu_ps(ws + 8 * j, (__m256)(most[j] / (float)LIMIT));
+      for (int p = 0; p < GROUP / 2; p++) {
         __m256i a = _mm256_cvtps_epi32((__m256)(*(f8 *)&rows[2 * p][8 * j] * by));
         __m256i b = _mm256_cvtps_epi32((__m256)(*(f8 *)&rows[2 * p + 1][8 * j] * by));
         a = _mm256_or_si256(_mm256_and_si256(a, low), _mm256_slli_epi32(b, 16));
@@ -78,7 +78,8 @@ void mq_lowrank_down(const smooth_t *s, int64_t tokens, const int32_t *modality,
           to_panel(factor + k * rank, rank, least(depth, columns - k), wide, w, ws);
           for (int64_t i = 0; i < rows; i += 16)  // few rows at a time: their slices stay cached
             isa->panel(x + i * padded + k, xs + i * (padded / GROUP) + k / GROUP, padded,
-                       (int)least(16, rows - i), w, ws, depth / GROUP, out + i * PANEL, PANEL);
+                       padded / GROUP, (int)least(16, rows - i), w, ws, depth, wide,
+                       out + i * PANEL);
         }
         for (int64_t i = 0; i < rows; i++)
           for (int64_t r = 0; r < wide; r++)

@@ -31,21 +31,36 @@ static int find_ends(const int8_t *q, int nt, int64_t length, int *ends) {
   return n;
 }
 
+static void ready_floats(const gemm_t *g, const ready_t *r, int64_t tile) {
+  int nt = (int)least(TILE, g->tokens - tile * TILE);
+  float *out = r->u + tile * TILE * g->padded;
+  for (int t = 0; t < nt; t++) {
+    int64_t row = (tile * TILE + t) * g->u_stride, k = 0;
+    for (; k + LANES <= g->columns; k += LANES)
+      store8(out + k * nt + LANES * t, 0, load8(g->u, row + k, g->u_type), F32);
+    for (; k < g->padded; k++)
+      out[k / LANES * LANES * nt + LANES * t + k % LANES] =
+          k < g->columns ? load1(g->u, row + k, g->u_type) : 0;
+  }
+}
+
 void ready_tile(const gemm_t *g, const ready_t *r, const isa_t *isa, int64_t tile) {
+  if (g->u) {
+    ready_floats(g, r, tile);
+    return;
+  }
   int64_t first = tile * TILE, padded = g->padded, size = g->group_size;
   int nt = (int)least(TILE, g->tokens - first), lanes = isa->lanes;
   int8_t *out = r->q + first * padded;
   for (int t = 0; t < nt; t++) {
     const int8_t *q = g->q + (first + t) * padded;
-    for (int64_t k = 0; k < padded; k += lanes)
-      memcpy(out + k * nt + lanes * t, q + k, (size_t)lanes);
-    if (size) {
-      float *sums = r->group_sums + (first + t) * r->group_stride;
-      for (int64_t i = 0; i < r->group_stride; i++)
-        sums[i] = i < g->groups ? (float)sum_q(q + i * size, size) : 0;
-    } else {
-      r->sums[first + t] = sum_q(q, padded);
+    for (int64_t k = 0; k < padded; k += 32) {
+      int64_t at = k / lanes * lanes * nt + lanes * t + k % lanes;
+      _mm256_store_si256((__m256i *)(out + at), _mm256_loadu_si256((const __m256i *)(q + k)));
     }
+    r->sums[first + t] = sum_q(q, padded);
+    for (int64_t i = 0; size && i < g->groups; i++)
+      r->group_sums[(tile * g->groups + i) * TILE + t] = (float)sum_q(q + i * size, size);
   }
   if (size) return;
   for (int64_t c = 0; c < r->chunks; c++) {
