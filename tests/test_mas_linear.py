@@ -62,12 +62,13 @@ class Block(nn.Module):
         assert set(own) == set(module.state_dict()) - {"bias"}
         module.load_state_dict(own, strict=False)
 
-    def run(self, x, ids=IDS):
-        self.context.state.forced = ids
+    def run(self, x, ids=IDS, together=True):
+        """Outputs of the linears: computed by their site at once, or each for itself."""
+        self.context.state.forced, self.context.state.cache = ids, {} if together else None
         try:
             return [linear(x) for linear in self.linears]
         finally:
-            self.context.state.forced = None
+            self.context.state.forced = self.context.state.cache = None
 
 
 def relative(got, want) -> float:
@@ -98,9 +99,11 @@ SCHEMES = {
 @pytest.mark.parametrize("columns", [96, 200])
 def test_equation_29_literally(name, columns):
     block, x = Block(scheme(**SCHEMES[name]), columns), activations(columns)
-    for got, want in zip(block.run(x), literal(block, x, IDS), strict=True):
-        assert got.dtype == x.dtype
-        assert relative(got, want) < 1e-5
+    want = literal(block, x, IDS)
+    for together in (True, False):
+        for got, expected in zip(block.run(x, together=together), want, strict=True):
+            assert got.dtype == x.dtype
+            assert relative(got, expected) < 1e-5
 
 
 def test_swapped_modalities_are_caught():
@@ -315,3 +318,15 @@ def test_the_shared_input_is_reused_only_while_it_is_still_right():
     block.linears[0](x)
     x.mul_(-2)
     assert relative(block.linears[1](x), literal(block, x, IDS)[1]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_site_compiles_in_one_graph():
+    block, x = Block(scheme()), activations(96)
+    run = torch.compile(
+        lambda x: [linear(x) for linear in block.linears], fullgraph=True, backend="aot_eager"
+    )
+    for ids in (IDS, IDS.flip(1), torch.zeros_like(IDS)):
+        block.context.state.batch = block.context.batch(ids)
+        for got, want in zip(run(x), literal(block, x, ids), strict=True):
+            assert relative(got, want) < 1e-5

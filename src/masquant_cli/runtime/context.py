@@ -78,6 +78,8 @@ class ModalityContext:
         ids = ids.long()
         if not ids.numel():
             return Batch(ids, mixed=False)
+        if torch.compiler.is_compiling():  # values cannot be looked at
+            return Batch(ids, mixed=True)
         low, high = torch.stack(ids.aminmax()).tolist()
         if low < 0 or high >= len(self.modalities):
             raise ValueError(
@@ -177,10 +179,13 @@ def attach(context: ModalityContext, modules: Sequence[nn.Module]) -> None:
         module.register_forward_hook(_leave, always_call=True)
 
 
+# Traced, what one frame notes for the next would be guessed from the first pass.
+@torch.compiler.disable
 def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     module.__dict__[CONTEXT].enter(module, args, kwargs)
 
 
+@torch.compiler.disable
 def _leave(module: nn.Module, _args, _output) -> None:
     module.__dict__[CONTEXT].leave(module)
 
