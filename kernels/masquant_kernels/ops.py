@@ -194,7 +194,7 @@ def _check_range(modality, count):
         return
     low, high = (int(v) for v in modality.aminmax())
     _require(
-        0 <= low and high < count, lambda: f"modality lies in 0..{count - 1}, got {low}..{high}"
+        low >= 0 and high < count, lambda: f"modality lies in 0..{count - 1}, got {low}..{high}"
     )
 
 

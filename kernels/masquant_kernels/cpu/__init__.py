@@ -1,16 +1,19 @@
 """Ops in C for x86-64 CPUs: 4- and 8-bit weights stay packed in memory.
 
 Importing this module compiles and loads the library (build.py) and compares it with exact
-integers; ImportError says why it cannot be used here.
+integers; ImportError says why it cannot be used here. `ISA` names the instruction set.
 """
 
+import logging
 import math
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_void_p
 
 import torch
 
 from masquant_kernels.cpu.build import load
-from masquant_kernels.packing import PACK_BLOCK
+from masquant_kernels.packing import PACK_BLOCK, pack_int4
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LARGEST_PASS = 2048  # CHUNK in isa.h: groups and blocks must meet within it
@@ -50,8 +53,7 @@ _down.argtypes = [
 _multiply = _library.mq_gemm
 _multiply.restype = None
 _multiply.argtypes = [POINTER(_Gemm)]
-_library.mq_isa.restype = c_char_p
-ISA = _library.mq_isa().decode()  # "avx2" | "avx512-vnni"
+_library.mq_choose.restype = c_char_p
 
 
 def smooth_quant(out, x, smooth_inv, modality, bits, norm_weight=None, eps=0.0, up=None):
@@ -181,3 +183,34 @@ OPS = {
     "gemm_w4a16": gemm_w4a16,
     "gemm_decode": gemm_decode,
 }
+
+
+def choose(avx2: bool = False) -> str:
+    """Use the best instruction set here, or AVX2: "avx512-vnni" | "avx2"."""
+    return _library.mq_choose(int(avx2)).decode()
+
+
+def _exact() -> bool:
+    """Do the chosen inner loops sum integers exactly? Largest values, where overflow would show."""
+    one = torch.ones(64)
+    for tokens, bits in ((1, 4), (1, 8), (11, 4), (11, 8)):
+        generator = torch.Generator().manual_seed(bits)
+        limit = 7 if bits == 4 else 127
+        w = torch.randint(-limit, limit + 1, (40, 2304), generator=generator, dtype=torch.int8)
+        q = torch.randint(-127, 128, (tokens, 2304), generator=generator, dtype=torch.int8)
+        w[:3], q[0] = limit, 127
+        packed = pack_int4(w) if bits == 4 else w
+        out = torch.full((tokens, 40), torch.nan)
+        weight = (packed, one[:40, None], None, 0, bits, 2304)
+        _gemm(out, q, one[:tokens], *weight, None, None, None, None)
+        if not torch.equal(out, (q.long() @ w.long().T).float()):
+            return False
+    return True
+
+
+ISA = choose()
+if not _exact():
+    ISA = choose(avx2=True)
+    log.warning("masquant: AVX-512 kernels gave wrong sums on this processor, AVX2 is used")
+    if not _exact():
+        raise ImportError("the CPU kernels gave wrong sums on this processor")

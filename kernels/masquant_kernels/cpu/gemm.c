@@ -7,18 +7,17 @@
 
 #include "gemm.h"
 
+static const isa_t *chosen;
 
-const isa_t *isa_here(void) {
-  static const isa_t *chosen;
-  if (!chosen) {
-    int vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-    chosen = vnni ? &isa_vnni : &isa_avx2;
-  }
-  return chosen;
+// Take the best instruction set of this processor, or AVX2 whatever it has. Returns its name.
+const char *mq_choose(int avx2) {
+  int vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  chosen = vnni && !avx2 ? &isa_vnni : &isa_avx2;
+  return chosen->name;
 }
 
-const char *mq_isa(void) { return isa_here()->name; }
+const isa_t *isa_here(void) { return chosen; }
 
 // sums[i][n][t] += the products of one pass, for every tile i of the task and its outputs n
 static void multiply_pass(const gemm_t *g, const ready_t *r, const isa_t *isa, int64_t pass,
