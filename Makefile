@@ -12,12 +12,13 @@ VENV ?= $(or $(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.masquant-installed
 
-.PHONY: help demo test lint format install wheel clean
+.PHONY: help demo test lint format install wheel clean gpu-check readme-table
 
 help:
 	@echo "make demo     quantize the embedded model four ways and compare"
 	@echo "make test     run the tests              (ARGS='-k recipe' to choose)"
 	@echo "make lint     ruff, check only           make format: ruff, in place"
+	@echo "make gpu-check  the kernels on this GPU: right, then how fast; under 10 minutes"
 	@echo "make install  only set up $(VENV)        (TORCH=auto|cpu|cuda)"
 	@echo "make wheel    build dist/*.whl"
 	@echo "make clean    remove caches and builds; $(VENV) and runs/ stay"
@@ -44,6 +45,15 @@ $(STAMP): pyproject.toml tools/install.sh
 
 wheel: install
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+# Runs from a checkout: an installed torch, triton and Transformers are all it needs.
+RUN_WITH := $(or $(wildcard $(BIN)/python),$(PYTHON))
+
+gpu-check:
+	$(RUN_WITH) tools/gpu_check.py $(ARGS)
+
+readme-table:
+	$(RUN_WITH) tools/readme_table.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache

@@ -144,8 +144,7 @@ def op(name: str, given: dict, suffix="", *, flops=0.0, moved=0.0, kind="int8", 
         return call(*variants[i % len(variants)])
 
     def check():
-        ((backend, found),) = gate.check_backends(name, given).items()
-        labels["backend"] = backend
+        labels["backend"], found = gate.check_op(name, given)
         return found
 
     part = packed is None

@@ -155,4 +155,4 @@ def _served(weights: Weights, x: Tensor, modality: Tensor | None, bits: int) -> 
     product |= {"group_size": 0, "bias": None, "h": None, "lr_b": None, "modality": None}
     product["dtype"] = x.dtype
     asked = (("smooth_quant", given), (f"gemm_w{bits}a8", product))
-    return list(dict.fromkeys(b for op, g in asked for b in gate.check_backends(op, g)))
+    return list(dict.fromkeys(gate.check_op(op, given)[0] for op, given in asked))

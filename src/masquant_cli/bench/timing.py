@@ -34,7 +34,8 @@ class Clock:
     def times(self, runs: Mapping[str, Run]) -> dict[str, Timed]:
         """Time every run, `repeats` rounds of all of them in alternating order."""
         if self.device.type == "cuda":
-            stopwatches = {name: _Events(run, self) for name, run in runs.items()}
+            flush = torch.empty(4 * cache_bytes(self.device), dtype=torch.int8, device=self.device)
+            stopwatches = {name: _Events(run, self, flush) for name, run in runs.items()}
         else:
             stopwatches = {name: _Wall(run, self) for name, run in runs.items()}
         taken: dict[str, list[float]] = {name: [] for name in runs}
@@ -78,10 +79,9 @@ class _Wall:
 
 
 class _Events:
-    def __init__(self, run: Run, clock: Clock):
-        self.run, self.device = lambda: run(0), clock.device
+    def __init__(self, run: Run, clock: Clock, flush: torch.Tensor):
+        self.run, self.device, self.flush = lambda: run(0), clock.device, flush
         self.how = "CUDA events"
-        self.flush = torch.empty(4 * cache_bytes(clock.device), dtype=torch.int8, device="cuda")
         for _ in range(3):
             self.run()
         clock.wait()

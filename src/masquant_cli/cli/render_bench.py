@@ -91,7 +91,7 @@ def tiles(document: dict[str, Any]) -> None:
             row["shape"],
             str(row["tokens"]),
             duration(row["seconds"]),
-            f"{row['speedup']:.2f}x",
+            f"{number(row['speedup'], '.2f')}x",
             ", ".join(f"{key} {value}" for key, value in row["tile"].items()),
         )
         for row in document["rows"]
