@@ -7,6 +7,7 @@ import collections
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,9 @@ _BRANCH = re.compile(r"`\((\.\w+)\)")
 _PTX_MMA = re.compile(r"\b((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*)")
 _SASS_MMA = re.compile(r"^(I|H|Q|D|B)G?MMA$|^UTC\w*MMA$")
 _INTEGER_MMA = re.compile(r"^IG?MMA$|^UTCI\w*MMA$")
+
+_WGMMA = re.compile(r"[IHQ]GMMA\.64x(\d+)x\S+ R(\d+), (?:R(\d+)|gdesc\[\w+\]), (?:.*(gsb0))?")
+_WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)")
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,13 @@ class Facts:
     @property
     def waits(self) -> tuple[int, ...]:
         """For each wait for wgmma in the main loop, how many groups may stay in flight."""
-        found = (
-            re.fullmatch(r"gsb0, (0x[0-9a-f]+)", i.operands)
-            for i in self.main_loop
-            if i.opcode == "WARPGROUP" and i.modifiers == ".DEPBAR.LE"
-        )
+        found = (_WAIT.match(str(i)) for i in self.main_loop)
         return tuple(int(m[1], 16) for m in found if m)
+
+    @property
+    def hazards(self) -> tuple[str, ...]:
+        """Instructions of the main loop that touch registers of a wgmma still running."""
+        return tuple(dict.fromkeys(_hazards(self.main_loop * 2)))
 
 
 def facts(name: str, arch: int, constants: str, ptx: str, cubin: bytes, shared: int) -> Facts:
@@ -116,3 +121,35 @@ def _main_loop(code: list[Instruction], labels: dict[str, int]) -> tuple[Instruc
         if holding:
             return tuple(min(holding, key=len))
     return ()
+
+
+def _hazards(code: tuple[Instruction, ...]) -> Iterator[str]:
+    """A wgmma reads its left operand, when that is in registers, and updates its sums at any time
+    until the wait that covers its group: nothing may write the one or touch the other before."""
+    groups: list[tuple[set[int], set[int]]] = []  # of committed groups: fragments, sums
+    fragments, sums = set(), set()
+    for i in code:
+        if found := _WGMMA.match(str(i)):
+            width, total, left, commit = found.groups()
+            sums |= set(range(int(total), int(total) + int(width) // 2))
+            if left:
+                fragments |= set(range(int(left), int(left) + 4))  # 64 rows x 32 bytes
+            if commit:
+                groups.append((fragments, sums))
+                fragments, sums = set(), set()
+        elif found := _WAIT.match(str(i)):
+            groups = groups[max(0, len(groups) - int(found[1], 16)) :]
+        else:
+            running = [*groups, (fragments, sums)]
+            used = {int(r) for r in re.findall(r"\bR(\d+)\b", i.operands)}
+            if any(_written(i) & held or used & summed for held, summed in running):
+                yield str(i)
+
+
+def _written(i: Instruction) -> set[int]:
+    target = re.match(r"R(\d+)\b", i.operands)
+    if not target:
+        return set()
+    four = ".128" in i.modifiers or (i.opcode == "LDSM" and i.modifiers.endswith(".4"))
+    two = ".64" in i.modifiers or ".WIDE" in i.modifiers
+    return set(range(int(target[1]), int(target[1]) + (4 if four else 2 if two else 1)))
