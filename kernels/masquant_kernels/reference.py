@@ -107,7 +107,7 @@ def gemm_w4a8(
     dtype: torch.dtype,
 ) -> Tensor:
     weights = _Weights(weight_packed, weight_scale, weight_zero_point, group_size, 4, q.shape[1])
-    return _epilogue(_integer_gemm(q, scale, weights), bias, h, lr_b).to(dtype)
+    return add_low_rank_and_bias(_integer_gemm(q, scale, weights), bias, h, lr_b).to(dtype)
 
 
 def gemm_w8a8(
@@ -124,7 +124,9 @@ def gemm_w8a8(
 ) -> Tensor:
     columns = weight_packed.shape[1]
     weights = _Weights(weight_packed, weight_scale, None, group_size, 8, columns)
-    return _epilogue(_integer_gemm(q[:, :columns], scale, weights), bias, h, lr_b).to(dtype)
+    return add_low_rank_and_bias(_integer_gemm(q[:, :columns], scale, weights), bias, h, lr_b).to(
+        dtype
+    )
 
 
 def gemm_decode(
@@ -161,7 +163,7 @@ def gemm_w4a16(
         weight_packed, weight_scale, weight_zero_point, group_size, weight_bits, u.shape[1]
     )
     y = _by_rows(weights, u, lambda a: u.float() @ weights.dequantized(a).T)
-    return _epilogue(y, bias, h, lr_b).to(dtype)
+    return add_low_rank_and_bias(y, bias, h, lr_b).to(dtype)
 
 
 class _Weights(NamedTuple):
@@ -210,7 +212,9 @@ def _by_rows(weights: _Weights, x: Tensor, part) -> Tensor:
     return torch.cat([part(a) for a in starts], 1)
 
 
-def _epilogue(y: Tensor, bias: Tensor | None, h: Tensor | None, lr_b: Tensor | None) -> Tensor:
+def add_low_rank_and_bias(
+    y: Tensor, bias: Tensor | None, h: Tensor | None, lr_b: Tensor | None
+) -> Tensor:
     """y + h @ lr_b + bias; h is zero where a token has another modality."""
     if h is not None:
         for m, part in enumerate(h.float().split(lr_b.shape[1], 1)):

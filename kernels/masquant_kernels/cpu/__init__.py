@@ -4,6 +4,7 @@ Importing this module compiles and loads the library (build.py) and compares it 
 integers; ImportError says why it cannot be used here. `ISA` names the instruction set.
 """
 
+import ctypes
 import logging
 import math
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_void_p
@@ -38,22 +39,22 @@ class _Gemm(Structure):  # gemm.h
     ]
 
 
-_library = load()
-_quantize = _library.mq_smooth_quant
-_quantize.restype = None
-_quantize.argtypes = [
-    *(POINTER(_Smooth), c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int),
-    *(c_void_p, c_void_p, c_int),
-]
-_down = _library.mq_lowrank_down
-_down.restype = None
-_down.argtypes = [
-    *(POINTER(_Smooth), c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int, c_int),
-]
-_multiply = _library.mq_gemm
-_multiply.restype = None
-_multiply.argtypes = [POINTER(_Gemm)]
-_library.mq_choose.restype = c_char_p
+def bind(library: ctypes.CDLL) -> None:
+    """Let the ops below call `library`."""
+    global _quantize, _down, _multiply, _choose
+    _quantize, _down = library.mq_smooth_quant, library.mq_lowrank_down
+    _multiply, _choose = library.mq_gemm, library.mq_choose
+    pointer = POINTER(_Smooth)
+    _quantize.argtypes = [
+        *(pointer, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int),
+        *(c_void_p, c_void_p, c_int),
+    ]
+    _down.argtypes = [
+        *(pointer, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int, c_int)
+    ]
+    _multiply.argtypes = [POINTER(_Gemm)]
+    _quantize.restype = _down.restype = _multiply.restype = None
+    _choose.restype = c_char_p
 
 
 def smooth_quant(out, x, smooth_inv, modality, bits, norm_weight=None, eps=0.0, up=None):
@@ -187,7 +188,7 @@ OPS = {
 
 def choose(avx2: bool = False) -> str:
     """Use the best instruction set here, or AVX2: "avx512-vnni" | "avx2"."""
-    return _library.mq_choose(int(avx2)).decode()
+    return _choose(int(avx2)).decode()
 
 
 def _exact() -> bool:
@@ -208,6 +209,7 @@ def _exact() -> bool:
     return True
 
 
+bind(load())
 ISA = choose()
 if not _exact():
     ISA = choose(avx2=True)

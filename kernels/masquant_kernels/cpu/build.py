@@ -70,20 +70,31 @@ def _compile(target: Path) -> Path:
     except OSError:  # a home that cannot be written to: compile for this process alone
         scratch = tempfile.mkdtemp()
         target = Path(scratch) / target.name
-    objects, running = [], []
-    for source in _sources():
-        if source.suffix == ".c":
-            objects.append(f"{scratch}/{source.stem}.o")
-            flags = FLAGS + (VNNI_FLAGS if "vnni" in source.stem else ())
-            command = [cc, *flags, "-c", str(source), "-o", objects[-1]]
-            running.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), command))
-    for process, command in running:
-        errors = process.communicate()[1]
-        if process.returncode:
-            raise subprocess.SubprocessError(f"`{' '.join(command)}` failed: {errors.strip()}")
+    objects = compile_objects(cc, scratch)
     linked = f"{scratch}/linked.so"
     subprocess.run([cc, "-shared", *objects, "-o", linked], check=True, capture_output=True)
     os.replace(linked, target)  # whole or not at all, whoever else is compiling
     if Path(scratch) != target.parent:
         shutil.rmtree(scratch)
     return target
+
+
+def compile_objects(
+    cc: str,
+    folder: str,
+    vnni_flags: tuple[str, ...] = VNNI_FLAGS,
+    flags: tuple[str, ...] = (),
+) -> list[str]:
+    """Object files of all sources, compiled side by side."""
+    objects, running = [], []
+    for source in _sources():
+        if source.suffix == ".c":
+            objects.append(f"{folder}/{source.stem}.o")
+            special = vnni_flags if "vnni" in source.stem else ()
+            command = [cc, *FLAGS, *flags, *special, "-c", str(source), "-o", objects[-1]]
+            running.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), command))
+    for process, command in running:
+        errors = process.communicate()[1]
+        if process.returncode:
+            raise subprocess.SubprocessError(f"`{' '.join(command)}` failed: {errors.strip()}")
+    return objects
