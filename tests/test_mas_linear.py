@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from literal_equation import literal
+from masquant_kernels import dispatch
 from tiny_quantized import solved_site
 from torch import nn
 
@@ -264,7 +265,8 @@ def test_factors_of_absent_modalities_are_never_touched():
         linear.lr_b.fill_(torch.nan)
     text = torch.zeros_like(IDS)
     assert relative(block.run(x, text)[0], literal(block, x, text)[0]) < 1e-5
-    assert torch.isnan(block.run(x)[0]).any()
+    with dispatch.force("reference"):  # kernels may make anything of a factor that is not finite
+        assert torch.isnan(block.run(x)[0]).any()
     block = Block(scheme())
     block.shared.lr_a[1].fill_(torch.nan)  # audio
     vision = (IDS == 1).long()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from jobs import Interrupting, small
+from masquant_kernels import dispatch
 from safetensors.torch import load_file, save_file
 
 from masquant_cli import load_quantized, pipeline, shards
@@ -106,7 +107,7 @@ def test_exported_site_equals_a_literal_eq_29(finished):
             expected.append(y)
         expected = torch.stack(expected)
         start += out
-        with force_ids(model, ids), torch.no_grad():
+        with force_ids(model, ids), torch.no_grad(), dispatch.force("reference"):
             found = model.get_submodule(name)(x)[0].double()
         assert float((found - expected).norm() / expected.norm()) < 1e-5
         with force_ids(model, ids.clamp(max=1)), torch.no_grad():  # audio taken for vision
@@ -480,7 +481,7 @@ def test_bits_methods_and_groups_export_and_answer(finished, tmp_path, recipe):
     probes = load_probes(job)
     for kind, expected in reference_logits(job, probes).items():
         inputs = probes[kind]
-        with torch.no_grad():
+        with torch.no_grad(), dispatch.force("reference"):
             found = model(**inputs, use_cache=False).logits
         assert float((found - expected).norm() / expected.norm()) < 1e-5, kind
 

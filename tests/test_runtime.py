@@ -7,6 +7,7 @@ import threading
 import pytest
 import tiny_models
 import torch
+from masquant_kernels import dispatch
 from tiny_quantized import quantized, scheme_of, site_tensors, solved_site
 
 from masquant_cli.errors import ArtifactError, RecipeError
@@ -45,7 +46,8 @@ def test_the_model_routes_every_token_by_its_id(omni):
                 _rewrite(model.get_submodule(name), scale, low_rank, ids, start, config)
                 start += out
     want = model(**inputs).logits
-    assert relative(omni(**inputs).logits, want.double()) < 1e-4
+    with dispatch.force("reference"):
+        assert relative(omni(**inputs).logits, want.double()) < 1e-4
     # ... and it matters: with all tokens taken for text the result is another one.
     with modality_ids(omni, torch.zeros_like(ids)):
         assert relative(omni(**inputs).logits, want.double()) > 1e-2

@@ -6,7 +6,6 @@
 T tokens, K inputs, N outputs; everything inside is fp32, whatever the dtype of x.
 """
 
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -14,8 +13,6 @@ from masquant_kernels import ops, reference
 from torch import Tensor
 
 from masquant_cli.runtime.fused import Weights
-
-_FAST = SimpleNamespace(**{name: getattr(torch.ops.masquant, name).default for name in ops.SCHEMAS})
 
 
 class Bits(NamedTuple):
@@ -49,8 +46,8 @@ def outputs(
             return outputs(x, front, smooth_inv, lr_a, modality, weights, bits)
     up = front.up
     wanted = x.requires_grad or (up is not None and up.requires_grad)
-    # The reference is differentiable (through scales and the low-rank part), ops are not.
-    run = reference if wanted and torch.is_grad_enabled() else _FAST
+    # The reference is differentiable (through scales and the low-rank part), the ops are not.
+    run = reference if wanted and torch.is_grad_enabled() else ops
     packed, scale, zero, bias, lr_b = weights
     h = None
     if modality is not None and lr_a is not None:

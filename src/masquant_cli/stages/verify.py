@@ -1,17 +1,23 @@
 """Does the exported folder give the solved model's logits? Asked in a fresh process.
 
 A fresh process has only what the folder holds: a missing file, a wrong name or a tensor that
-Transformers would fill with noise shows here, before the folder gets its final name.
+Transformers would fill with noise shows here, before the folder gets its final name. Both sides
+run in fp32 and by the definition of every op: in 16 bits, or on a fast kernel, one activation
+rounded the other way moves its token by a percent. Kernels have tests of their own.
 """
 
+import contextlib
 import errno
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
+from masquant_kernels import dispatch
 from safetensors.torch import load_file, save_file
 
 from masquant_cli.errors import CheckError, EnvironmentProblem
@@ -28,13 +34,14 @@ def verify(job: Job, folder: Path) -> dict[str, float]:
     """
     probes = load_probes(job)
     job.progress.stage("verify", len(probes), "inputs")
-    reference = reference_logits(job, probes)
+    with _in_fp32(job.loaded.model):
+        reference = reference_logits(job, probes)
     with tempfile.TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         asked, answered = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
         save_file(flatten(probes), asked)
         command = [sys.executable, "-m", "masquant_cli.stages.verify"]
         model = job.loaded.model
-        command += [str(folder), str(asked), str(answered), str(model.device), str(model.dtype)]
+        command += [str(folder), str(asked), str(answered), str(model.device)]
         if model.device.type == "cuda":
             torch.cuda.empty_cache()  # the child needs room on the same card
         result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -70,12 +77,26 @@ def verify(job: Job, folder: Path) -> dict[str, float]:
     return errors
 
 
-def _answer(folder: str, asked: str, answered: str, device: str, dtype: str) -> None:
+@contextlib.contextmanager
+def _in_fp32(model: torch.nn.Module) -> Iterator[None]:
+    """Cast a model's floats to fp32, and back to what each was: exact both ways."""
+    tensors = [t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()]
+    dtypes = [tensor.dtype for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in zip(tensors, dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)
+
+
+def _answer(folder: str, asked: str, answered: str, device: str) -> None:
     from masquant_cli import load_quantized
 
-    model = load_quantized(folder, dtype=getattr(torch, dtype.removeprefix("torch."))).to(device)
+    model = load_quantized(folder, dtype=torch.float32).to(device)
     logits = {}
-    with torch.no_grad():
+    with torch.no_grad(), dispatch.force("reference"):
         for kind, inputs in unflatten(load_file(asked)).items():
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             logits[kind] = model(**inputs, use_cache=False).logits.float().cpu().contiguous()
