@@ -33,7 +33,7 @@ MAY_IMPORT = {
         *("errors", "progress", "recipe", "recipe_yaml"),
         *("pipeline", "stages", "models", "runtime"),
     },
-    "cli": {"errors", "recipe_yaml", "pipeline", "demo", "bench"},
+    "cli": {"errors", "recipe_yaml", "pipeline", "demo", "masquant_kernels", "bench"},
     "__main__": {"cli"},
     "__init__": {"models", "runtime"},
 }

@@ -58,6 +58,23 @@ def _torch(facts: dict[str, str], warnings: list[str], problems: list[str]) -> N
         facts["GPU"] = "none that torch can use"
         if shutil.which("nvidia-smi") and not torch.version.cuda:
             warnings.append("there is an NVIDIA driver but torch is a CPU build: TORCH=cuda")
+    _kernels(facts, warnings, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _kernels(facts: dict[str, str], warnings: list[str], device: str) -> None:
+    from masquant_kernels import dispatch
+
+    backend = dispatch.backend_of("gemm_w4a8", device)
+    if backend == "cpu":
+        from masquant_kernels import cpu
+
+        backend = f"C, compiled here for {cpu.ISA}"
+    elif device == "cpu":
+        warnings.append(
+            f"quantized models will be slow on this CPU ({backend}): the fast kernels need x86-64 "
+            "with AVX2 and a C compiler"
+        )
+    facts[f"kernels on {device}"] = backend
 
 
 def _disk(facts: dict[str, str], warnings: list[str]) -> None:
