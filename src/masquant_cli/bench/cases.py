@@ -27,10 +27,10 @@ class Case:
     exact: bool = False  # integers all the way: nothing may differ
 
 
-def cases(device: torch.device, *, large: bool = True, seed: int = 0) -> Iterator[Case]:
-    """Each is made when it is asked for."""
+def cases(device: torch.device, *, large: bool = True, sizes=SMALL, seed: int = 0):
+    """Every Case, each made when it is asked for."""
     for dtype in DTYPES:
-        for size in SMALL:
+        for size in sizes:
             make = _Maker(size, dtype, device, seed)
             yield from make.quantizers()
             yield from make.low_rank()

@@ -21,7 +21,7 @@ from masquant_kernels import dispatch
 
 from masquant_cli.bench import commands, kernels, layers, measure, model
 from masquant_cli.bench.about import about, device_name, device_of
-from masquant_cli.bench.cases import cases
+from masquant_cli.bench.cases import SMALL, cases
 from masquant_cli.bench.gate import check_op
 from masquant_cli.bench.roofline import measure_roof
 from masquant_cli.bench.shapes import decoder
@@ -206,7 +206,7 @@ def _child(given) -> int:
 
 def _correctness(device, backend: str, until: float, write: Write, small: bool) -> None:
     uncovered = 0
-    for case in cases(device, large=not small):
+    for case in cases(device, large=not small, sizes=SMALL[:2] if small else SMALL):
         if time.time() > until:
             write({"stopped": True})
             break

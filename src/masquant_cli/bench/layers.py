@@ -124,15 +124,22 @@ def _joined(parts: Sequence[Sequence[Candidate]]) -> Iterator[Candidate]:
             labels.pop(key, None)
         if "weight_bytes" in labels:
             labels["weight_bytes"] = sum(c.labels["weight_bytes"] for c in same)
+
+        def check(same=same, labels=labels):
+            found = gate.worst([c.check() for c in same])
+            if "backend" in same[0].labels:  # known once it was asked
+                labels["backend"] = same[0].labels["backend"]
+            return found
+
         yield Candidate(
             same[0].name,
             lambda i, same=same: [c.run(i) for c in same],
-            lambda same=same: gate.worst([c.check() for c in same]),
+            check,
             sum(c.flops for c in same),
             sum(c.moved for c in same),
             same[0].kind,
-            same[0].baseline,
-            labels,
+            baseline=same[0].baseline,
+            labels=labels,
         )
 
 
@@ -145,7 +152,7 @@ def _overhead(rows: list[dict]) -> None:
 
 
 def _served(weights: Weights, x: Tensor, modality: Tensor | None, bits: int) -> list[str]:
-    """The backends that run this site's quantizer and GEMM, best known by asking them."""
+    """The backends that run this site's quantizer and GEMM."""
     given = {"x": x, "smooth_inv": weights.smooth_inv, "modality": modality, "bits": 8}
     given |= {"norm_weight": None, "eps": 0.0, "up": None}
     q, scale = reference.smooth_quant(x, weights.smooth_inv, modality, 8)
@@ -155,4 +162,4 @@ def _served(weights: Weights, x: Tensor, modality: Tensor | None, bits: int) -> 
     product |= {"group_size": 0, "bias": None, "h": None, "lr_b": None, "modality": None}
     product["dtype"] = x.dtype
     asked = (("smooth_quant", given), (f"gemm_w{bits}a8", product))
-    return list(dict.fromkeys(gate.check_op(op, given)[0] for op, given in asked))
+    return list(dict.fromkeys(gate.serving(op, given) for op, given in asked))

@@ -33,11 +33,12 @@ def run_tune(options: commands.Options, progress: Progress) -> dict:
     if device.type != "cuda":
         raise EnvironmentProblem("tiles are tuned on a GPU", where="--tune")
     try:
-        from masquant_kernels.gpu import tiles
+        from masquant_kernels.gpu import common, tiles
     except ImportError as error:
         raise EnvironmentProblem(f"Triton is needed: {error}", where="--tune") from None
-    major, minor = torch.cuda.get_device_capability(device)
-    arch = 10 * major + minor
+    arch = common.arch_of(device)  # whose rows this GPU reads
+    if arch is None:
+        raise EnvironmentProblem("no kernel of ours runs on this GPU", where="--tune")
     settings = commands.op_settings(options, device)
     path = options.output or Path(f"tiles-sm_{arch}.json")
     clock = Clock(device, **({"repeats": options.repeats} if options.repeats else {}))

@@ -1,0 +1,58 @@
+"""The README's kernel table says what benchmarks/results says, and nothing else."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("readme_table", ROOT / "tools" / "readme_table.py")
+readme_table = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(readme_table)
+
+
+def document(device="cuda", **sections) -> dict:
+    versions = {"torch": "2.11.0", "triton": "3.6.0"}
+    machine = {"device": device, "name": "NVIDIA X", "date": "2026-11-21T00:00:00+00:00"}
+    return {"machine": machine | {"versions": versions}, "sections": sections}
+
+
+def row(name, seconds=None, speedup=None, ok=True) -> dict:
+    found = {"site": "down", "shape": "64x32", "tokens": 16, "name": name, "check": {"ok": ok}}
+    if seconds:
+        found |= {"seconds": seconds, "speedup": speedup, "against": "dense bfloat16"}
+    return found
+
+
+def test_the_readme_is_what_the_files_say():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    made = readme_table.markdown(readme_table.results(readme_table.RESULTS))
+    assert text == readme_table.rewritten(text, made), "run: make readme-table"
+
+
+def test_without_a_gpu_file_it_says_that_no_number_exists(tmp_path):
+    assert readme_table.markdown([]).startswith("No GPU number exists yet")
+    (tmp_path / "trial.json").write_text(json.dumps(document("cpu")))
+    assert readme_table.results(tmp_path) == []
+
+
+def test_speed_slowness_and_wrongness_are_all_shown(tmp_path):
+    rows = [
+        row("dense bfloat16", 2e-5, 1.0), row("W4A8", 1e-5, 2.0), row("W8A8", 4e-5, 0.5),
+        row("W4A8 rank 0.05, vision 100%", ok=False),
+    ]  # fmt: skip
+    found = document(layers={"status": "failed", "rows": rows}, model={"status": "ok", "rows": []})
+    (tmp_path / "x.json").write_text(json.dumps(found))
+    table = readme_table.markdown(readme_table.results(tmp_path))
+    assert "| down 64x32 | 16 | 20.0 us bfloat16 | 2.00x | 0.50x (slower) | wrong |" in table
+    assert "NVIDIA X" in table and "torch 2.11.0" in table
+    assert "Not in order in this run: layers." in table
+    assert "No GPU number" not in table
+
+
+def test_only_what_is_between_the_markers_changes():
+    text = f"a\n{readme_table.BEGIN}\nold\n{readme_table.END}\nb\n"
+    assert readme_table.rewritten(text, "new") == text.replace("old", "new")
+    with pytest.raises(ValueError, match="lacks"):
+        readme_table.rewritten("no markers", "new")
