@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton", reason="no Triton on this platform: nothing to compile with")
 
-from masquant_kernels.gpu.machine_code import SHARED_LIMIT, Facts, Instruction
+from masquant_kernels.gpu.machine_code import SHARED_LIMIT, Facts, Instruction, _early_arrivals
 
 ARCHS = (80, 89, 90, 100)
 KERNELS = Path(__file__).parents[1] / "kernels"
@@ -64,6 +64,7 @@ def test_hopper_keeps_products_in_flight(compiled, bits):
     assert any(m.startswith("wgmma.mma_async") and "f32.bf16" in m for m in row["mma"])  # low rank
     assert row["waits"] and set(row["waits"]) == {1}
     assert row["spills"] == 0 and row["hazards"] == [] and row["permutes"] == 0
+    assert row["early_arrivals"] == 0
     assert row["registers"] == 168  # 12 warps of them fill the register file
 
 
@@ -99,13 +100,13 @@ def test_a_bad_kernel_is_seen(tmp_path):
     assert spills > 0 and permutes > 0 and any(".s8.s8" in m for m in mma)
 
 
-def loop(*lines):
-    instructions = []
+def instructions(*lines):
+    parsed = []
     for line in lines:
         name, _, operands = line.partition(" ")
         opcode, dot, modifiers = name.partition(".")
-        instructions.append(Instruction(opcode, dot + modifiers, operands))
-    return Facts("loop", 90, "", 168, 0, 0, (), tuple(instructions))
+        parsed.append(Instruction(opcode, dot + modifiers, operands))
+    return parsed
 
 
 PRODUCT = "IGMMA.64x128x32.S8.S8 R88, R160, gdesc[UR8], R88, gsb0"
@@ -126,4 +127,22 @@ UNPACK = "LOP3.LUT R163, R4.reuse, 0xf0f0f0f0, RZ, 0xc0, !PT"
     ],
 )
 def test_registers_of_a_running_product(lines, hazard):
-    assert loop(*lines).hazards == (() if hazard is None else (hazard,))
+    facts = Facts("loop", 90, "", 168, 0, 0, (), tuple(instructions(*lines)))
+    assert facts.hazards == (() if hazard is None else (hazard,))
+
+
+BARRIER = "BAR.SYNC.DEFER_BLOCKING 0x0, 0x100"
+ARRIVE = "SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR7+0x300e0], RZ"
+
+
+@pytest.mark.parametrize(
+    ("lines", "early"),
+    [
+        ((PRODUCT, WAIT, BARRIER, ARRIVE), 0),
+        ((PRODUCT, WAIT, ARRIVE), 1),
+        ((PRODUCT, BARRIER, WAIT, ARRIVE), 1),
+        (("LDSM.16.M88.4 R160, [R3]", ARRIVE, BARRIER, ARRIVE), 1),
+    ],
+)
+def test_a_slot_is_released_after_all_warps_are_done(lines, early):
+    assert _early_arrivals(instructions(*lines)) == early

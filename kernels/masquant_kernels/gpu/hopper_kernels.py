@@ -203,13 +203,17 @@ def _consume(
             modalities = _modalities(modality_ptr, off_t, T, BT, WARPS)
             for m in gl.static_range(1, M):
                 if _holds(modalities, m):
-                    for _ in range(0, rank, RANKS):
+                    corrected = warpgroup_mma_init(y)
+                    for r in range(0, rank, RANKS):
                         slot = _take(full, step, STAGES)
                         h = h_ring.index(2 * slot).permute((1, 0))
                         b = b_ring.index(W_HALVES * slot)
-                        y = warpgroup_mma(b, h, y)
-                        _release(empty, step, STAGES)
+                        corrected = warpgroup_mma(b, h, corrected, is_async=True)
+                        corrected = _all_but_newest(corrected)
+                        _release(empty, step - 1, STAGES, r > 0)
                         step += 1
+                    y = warpgroup_mma_wait(num_outstanding=0, deps=(corrected,))
+                    _release(empty, step - 1, STAGES)
 
         if bias_ptr is not None:
             bias = gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)

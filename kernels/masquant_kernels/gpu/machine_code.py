@@ -49,6 +49,7 @@ class Facts:
     shared: int  # bytes
     mma: tuple[str, ...]  # tensor-core opcodes of the PTX
     main_loop: tuple[Instruction, ...]
+    early_arrivals: int = 0  # at an mbarrier, before all warps are done reading
 
     @property
     def shared_limit(self) -> int:
@@ -88,6 +89,7 @@ def facts(name: str, arch: int, constants: str, ptx: str, cubin: bytes, shared: 
         shared=shared,
         mma=tuple(sorted(set(_PTX_MMA.findall(ptx)))),
         main_loop=_main_loop(code, labels),
+        early_arrivals=_early_arrivals(code),
     )
 
 
@@ -121,6 +123,20 @@ def _main_loop(code: list[Instruction], labels: dict[str, int]) -> tuple[Instruc
         if holding:
             return tuple(min(holding, key=len))
     return ()
+
+
+def _early_arrivals(code: list[Instruction]) -> int:
+    """One thread arrives for all warps that read a buffer: after its own read of shared memory or
+    its wait for wgmma, it must have met the others at a barrier."""
+    early, alone = 0, False
+    for i in code:
+        if i.opcode in ("LDSM", "LDS") or _WAIT.match(str(i)):
+            alone = True
+        elif i.opcode == "BAR":
+            alone = False
+        elif i.opcode == "SYNCS" and i.modifiers == ".ARRIVE.TRANS64.A1T0":
+            early += alone
+    return early
 
 
 def _hazards(code: tuple[Instruction, ...]) -> Iterator[str]:

@@ -7,7 +7,7 @@
 Triton's own launch path is kept, so signature, specialization and options are those of a real
 launch; only its driver is replaced. TRITON_INTERPRET must be unset.
 
-    python -m masquant_kernels.gpu.offline [--arch 90] [--quick] [--json]
+    python -m masquant_kernels.gpu.offline [--arch 90] [--only w4a8] [--quick]
 
 compiles every tile of the tables in every variant (launches.py), says what became of each and
 exits with 1 where one misses what is asked of it: tensor cores, no spills, its chip's memory.
@@ -123,6 +123,8 @@ class Row:
             found.append(f"{f.permutes} PRMT in the main loop")
         if f.kernel == "hopper_gemm" and (not f.waits or set(f.waits) != {1}):
             found.append(f"the main loop waits for all products: {f.waits}")
+        if f.early_arrivals:
+            found.append(f"{f.early_arrivals} slots are released by a warp that did not wait")
         if f.hazards:
             found.append(f"registers of a running wgmma are touched: {f.hazards[0]}")
         return found
@@ -139,11 +141,12 @@ _QUICK = (
 )
 
 
-def sweep(archs, quick: bool = False) -> Iterator[Row]:
+def sweep(archs, quick: bool = False, only: str = "") -> Iterator[Row]:
     """Compile the launches that the tables stand for; quick: some of each kind, in a minute."""
     for arch in archs:
         for launch in _chosen(arch) if quick else launches(arch):
-            yield from _rows(launch)
+            if re.search(only, launch.entry):
+                yield from _rows(launch)
 
 
 def _chosen(arch: int) -> Iterator[Launch]:
@@ -157,14 +160,15 @@ def _chosen(arch: int) -> Iterator[Launch]:
 
 
 def _rows(launch: Launch) -> Iterator[Row]:
+    error = "nothing was launched"
     with compiling(launch.arch) as kernels:
         try:
             launch()
         except Exception as e:
-            last = str(e).strip().splitlines()[-1:] or [""]
-            yield Row(launch, None, f"{type(e).__name__}: {last[0]}")
+            error = f"{type(e).__name__}: {e}"
+            kernels.clear()
     if not kernels:
-        yield Row(launch, None, "nothing was launched")
+        yield Row(launch, None, error)
     for kernel in kernels:
         yield Row(launch, kernel.facts())
 
@@ -173,10 +177,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS)
     parser.add_argument("--quick", action="store_true", help="one tile and variant of each entry")
+    parser.add_argument("--only", default="", metavar="REGEX", help="entries that hold this")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     found = []
-    for row in sweep(given.arch or ARCHS, given.quick):
+    for row in sweep(given.arch or ARCHS, given.quick, given.only):
         found.append(row)
         if not given.json:
             print(_line(row), flush=True)
