@@ -359,6 +359,46 @@ def test_linears_that_cannot_be_joined_run_one_by_one():
         assert_same(got, small(**inputs).logits)
 
 
+def offload(model):
+    """As accelerate does it: a module has its tensors only while its own forward runs."""
+    for module in model.modules():
+        forward = module.forward
+        held = [
+            (place, name, tensor)
+            for place in (module._parameters, module._buffers)
+            for name, tensor in place.items()
+            if tensor is not None
+        ]
+
+        def empty(held=held):
+            for place, name, tensor in held:
+                away = tensor.to("meta")
+                wrapped = isinstance(tensor, torch.nn.Parameter)
+                place[name] = torch.nn.Parameter(away) if wrapped else away
+
+        def run(*args, forward=forward, held=held, empty=empty, **kwargs):
+            for place, name, tensor in held:
+                place[name] = tensor
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                empty()
+
+        empty()
+        module.forward = run
+
+
+@torch.no_grad()
+def test_an_offloaded_model_runs_linear_by_linear():
+    model, inputs = tiny_models.qwen2_vl(), tiny_models.vision_inputs()
+    small = quantized(model, scheme_of(model))
+    want = small(**inputs).logits
+    offload(small)
+    assert small.model.language_model.layers[0].self_attn.q_proj.weight_packed.is_meta
+    assert_same(small(**inputs).logits, want)
+    assert all(site.weights() is None for site in of(small, MasSite))
+
+
 @torch.no_grad()
 def test_the_first_pass_of_several_threads(omni):
     batches = [tiny_models.omni_inputs(seed=s) for s in range(4)]

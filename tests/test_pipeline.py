@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from jobs import Interrupting, small
@@ -18,6 +19,7 @@ from masquant_cli.errors import ArtifactError, CheckError, EnvironmentProblem, R
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.rundir import STAGES, RunDir
 from masquant_cli.runtime.context import modality_ids as force_ids
+from masquant_cli.stages import verify
 from masquant_cli.stages.job import Job
 from masquant_cli.stages.judge import is_quantized
 from masquant_cli.stages.probes import load_probes
@@ -279,8 +281,6 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_finished(tmp_path, mo
     ],
 )
 def test_verification_that_the_machine_stops(copied, monkeypatch, code, stderr, problem):
-    from masquant_cli.stages import verify
-
     died = subprocess.CompletedProcess([], code, "", stderr)
     monkeypatch.setattr(verify.subprocess, "run", lambda *args, **kwargs: died)
     shutil.rmtree(copied / "export")
@@ -494,3 +494,16 @@ def test_token_quotas_stop_each_modality_on_its_own():
     assert len(pictures) == 4  # four tokens each: the fourth passes thirteen
     assert 40 <= limited.tokens["audio"] < free.tokens["audio"]
     assert len(limited.samples) < len(free.samples) and limited.digest != free.digest
+
+
+def test_a_16_bit_model_is_verified_in_fp32_and_given_back_as_it_was():
+    model = tiny_models.qwen2().bfloat16()
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.float()
+    before = {k: (t, t.dtype, t.clone()) for k, t in model.named_parameters()}
+    with verify._in_fp32(model):
+        assert {t.dtype for t in model.parameters()} == {torch.float32}
+        assert model.lm_head.weight.equal(before["lm_head.weight"][2].float())
+    for key, tensor in model.named_parameters():
+        same, dtype, value = before[key]
+        assert tensor is same and tensor.dtype == dtype and torch.equal(tensor, value)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32

@@ -38,7 +38,7 @@ class MasRMSNorm(nn.Module):
             return self.plain(x)
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return self.plain(x)
-        state.unnormed = self, x
+        state.unnormed = self, x, weight  # which may be elsewhere (offloaded) when we are through
         return x
 
     def plain(self, x: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class Batch:
         return self._modality[device]
 
 
+_NOTHING = None, None, None
 _BASE = Batch(torch.empty(0, dtype=torch.int64), mixed=False)
 
 
@@ -52,7 +53,7 @@ class _State(threading.local):
     batch: Batch | None = None
     forced: Tensor | None = None  # set by `modality_ids`
     cache: dict | None = None  # site -> the outputs that its linears will ask for (mas_linear.py)
-    unnormed: tuple = (None, None)  # a norm and the tensor whose norming it left to its site
+    unnormed: tuple = _NOTHING  # a norm, the tensor it left to its site to norm, and its weight
     warned = False
 
 
@@ -120,7 +121,7 @@ class ModalityContext:
         if inner and (input_ids is None or input_ids is state.source):
             return
         if not inner:
-            state.owner, state.cache, state.unnormed = module, {}, (None, None)
+            state.owner, state.cache, state.unnormed = module, {}, _NOTHING
         state.batch = None  # nothing stale may survive an error below
         state.batch, state.source = self._identify(input_ids, kwargs), input_ids
 
@@ -128,7 +129,7 @@ class ModalityContext:
         state = self.state
         if state.owner is module:
             state.owner = state.source = state.batch = state.cache = None
-            state.unnormed = None, None
+            state.unnormed = _NOTHING
 
     def _identify(self, input_ids: Tensor | None, kwargs: dict) -> Batch | None:
         embeds, forced = kwargs.get("inputs_embeds"), self.state.forced

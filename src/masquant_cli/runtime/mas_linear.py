@@ -143,7 +143,7 @@ class MasSite(_Quantized):
         norm = self.norm
         if norm is None or torch.compiler.is_compiling():
             return None, 0.0
-        owner, unnormed = self.context.state.unnormed
+        owner, unnormed, weight = self.context.state.unnormed
         if owner is not norm:
             return None, 0.0
         if unnormed is not x:
@@ -151,7 +151,7 @@ class MasSite(_Quantized):
                 "the norm left its work to the linears behind it, but they were given another "
                 "tensor than its output; a forward hook on any of them makes it work on its own"
             )
-        return norm._parameters["weight"], norm.variance_epsilon
+        return weight, norm.variance_epsilon
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, modalities={len(self.smooth_inv)}, rank={self.rank}"
