@@ -13,7 +13,7 @@ from masquant_kernels.gpu import tiles
 from masquant_kernels.gpu.common import INTERPRET, backend_op
 from masquant_kernels.gpu.decode import DECODE_TOKENS, FINISH_BLOCK, finish_kernel
 from masquant_kernels.gpu.epilogue import add_bias, add_low_rank, store, tile_order
-from masquant_kernels.gpu.groups import group_of
+from masquant_kernels.gpu.groups import entry, group_of
 from masquant_kernels.gpu.mainloop import load, of_group
 
 
@@ -71,15 +71,14 @@ def float_sums(
 ):  # fmt: skip
     """sum over inputs start <= k < stop of w[rn, k] * u[rt, k] -> f32 [BN, BT], w dequantized;
     without its scale where GROUP is 0. start: a multiple of 128. RAGGED: K is not."""
-    STEP: tl.constexpr = 32 if GROUP == 32 else 64
-    WORK: tl.constexpr = tl.float32 if INTERPRET else u_ptr.dtype.element_ty
+    work: tl.constexpr = tl.float32 if INTERPRET else u_ptr.dtype.element_ty
+    # Three products make one of f32: with longer steps they take more registers than there are.
+    STEP: tl.constexpr = 32 if GROUP == 32 or work == tl.float32 else 64
     j = tl.arange(0, STEP)
     u_row = u_ptr + rt[None, :].to(tl.int64) * u_stride + j[:, None]
     w_row = w_ptr + rn[:, None].to(tl.int64) * w_columns + j[None, :]
-    zero0 = 0.0
-    if zero_ptr is not None and GROUP == 0:
-        zero0 = tl.load(zero_ptr + rn).to(WORK)[:, None]
-    zero1 = zero0
+    if GROUP == 0 and zero_ptr is not None:
+        zero = tl.load(zero_ptr + rn)[:, None].to(work)
     acc = tl.zeros((BN, BT), tl.float32)
     for k in range(start, stop, 128):
         for j0 in tl.static_range(0, 64, STEP):
@@ -87,15 +86,15 @@ def float_sums(
             if GROUP != 0:  # ahead of the products, which hide how long these take
                 scale0 = of_group(scale_ptr, rn, low // GROUP, G)[:, None]
                 scale1 = of_group(scale_ptr, rn, high // GROUP, G)[:, None]
-            u0 = load(u_row + low, low + j[:, None], K, RAGGED).to(WORK)
-            u1 = load(u_row + high, high + j[:, None], K, RAGGED).to(WORK)
-            w0, w1 = unpack_float(tl.load(w_row + k // 2 + j0), WORK)
-            if zero_ptr is not None:
-                if GROUP != 0:
-                    zero0 = of_group(zero_ptr, rn, low // GROUP, G)[:, None].to(WORK)
-                    zero1 = of_group(zero_ptr, rn, high // GROUP, G)[:, None].to(WORK)
-                w0 -= zero0
-                w1 -= zero1
+            u0 = load(u_row + low, low + j[:, None], K, RAGGED).to(work)
+            u1 = load(u_row + high, high + j[:, None], K, RAGGED).to(work)
+            w0, w1 = unpack_float(tl.load(w_row + k // 2 + j0), work)
+            if zero_ptr is not None and GROUP == 0:
+                w0 -= zero
+                w1 -= zero
+            elif zero_ptr is not None:
+                w0 -= of_group(zero_ptr, rn, low // GROUP, G)[:, None].to(work)
+                w1 -= of_group(zero_ptr, rn, high // GROUP, G)[:, None].to(work)
             if GROUP == 0:
                 acc = tl.dot(w0, u0, acc, input_precision="tf32x3")
                 acc = tl.dot(w1, u1, acc, input_precision="tf32x3")
@@ -148,8 +147,8 @@ def gemm_w4a16(
     if group is None:
         return NotImplemented
     few = h is None and tokens <= DECODE_TOKENS
-    name = ("decode" if few else "gemm") + "_w4a16" + ("_f32" if u.dtype == torch.float32 else "")
-    tile = tiles.find(name + "_grouped" if group else name, arch, tokens, columns, outputs)
+    name = entry("decode_w4a16" if few else "gemm_w4a16", group, u.dtype)
+    tile = tiles.find(name, arch, tokens, columns, outputs)
     options = tile.options
     blocks = -(-columns // 128)
     span = -(-blocks // tile.split) * 128

@@ -16,27 +16,36 @@ def group_of(group_size: int, groups: int, columns: int) -> int | None:
     return group_size if group_size in (32, 64) or group_size % 128 == 0 else None
 
 
-@triton.jit
-def input_sums_kernel(q_ptr, sums_ptr, q_columns, G, group, BLOCK: tl.constexpr):
-    """sums[t, g] = sum of q[t, k] over group g; one program per (t, g)."""
-    t, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    total = tl.zeros([BLOCK], tl.int32)
-    for k in range(0, group, BLOCK):
-        inside = k + tl.arange(0, BLOCK)
-        column = g * group + inside
-        valid = (inside < group) & (column < q_columns)
-        total += tl.load(q_ptr + t * q_columns + column, mask=valid, other=0).to(tl.int32)
-    tl.store(sums_ptr + t * G + g, tl.sum(total, 0))
+def entry(name: str, group: int, dtype: torch.dtype | None) -> str:
+    """The name under which tiles.json has a GEMM: groups and f32 dots need more registers.
 
-
-def input_sums(q: torch.Tensor, groups: int, group: int) -> torch.Tensor:
-    """int8 [T, Kp] -> int32 [T, groups]: a zero point z takes z times this from a group's sum.
-
-    group: inputs of a group, 0 for all.
+    group: as group_of gives it; dtype: of the floats that its dots take, None for no such dot.
     """
+    if dtype == torch.float32:
+        name += "_f32"
+    if group:
+        name += "_grouped" if group % 128 == 0 else "_fine"
+    return name
+
+
+@triton.jit
+def input_sums_kernel(q_ptr, sums_ptr, q_columns, size, BLOCK: tl.constexpr):
+    """sums[t, i] = sum of q[t, k] over i * size <= k < (i + 1) * size; one program per (t, i)."""
+    t, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.int32)
+    for k in range(0, size, BLOCK):
+        at = q_ptr + t * q_columns + i * size + k + lane
+        total += tl.load(at, mask=k + lane < size, other=0).to(tl.int32)
+    tl.store(sums_ptr + t * (q_columns // size) + i, tl.sum(total, 0))
+
+
+def input_sums(q: torch.Tensor, group: int) -> torch.Tensor:
+    """int8 [T, Kp] -> int32 [T, Kp / size]: a zero point z takes z times this off the product of
+    `size` inputs, which are a group's, at most 128 (a kernel's step), or all where group is 0."""
     tokens, columns = q.shape
-    sums = q.new_empty(tokens, groups, dtype=torch.int32)
-    size = group or columns
+    size = min(group, 128) or columns
+    sums = q.new_empty(tokens, columns // size, dtype=torch.int32)
     block = min(1024, triton.next_power_of_2(size))
-    input_sums_kernel[(tokens, groups)](q, sums, columns, groups, size, BLOCK=block, num_warps=1)
+    input_sums_kernel[sums.shape](q, sums, columns, size, BLOCK=block, num_warps=1)
     return sums

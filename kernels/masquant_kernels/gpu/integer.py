@@ -7,7 +7,7 @@ from masquant_kernels.gpu import tiles
 from masquant_kernels.gpu.common import backend_op
 from masquant_kernels.gpu.decode import DECODE_TOKENS, FINISH_BLOCK, finish_kernel, split_kernel
 from masquant_kernels.gpu.gemm import gemm_kernel
-from masquant_kernels.gpu.groups import group_of, input_sums
+from masquant_kernels.gpu.groups import entry, group_of, input_sums
 
 
 @backend_op
@@ -43,10 +43,11 @@ def _run(arch, out, q, scale, weight, group_size, bias, h, lr_b, modality, bits)
     group = group_of(group_size, groups, columns)
     if group is None:
         return NotImplemented
-    sums = None if zero is None else input_sums(q, groups, group)
+    sums = None if zero is None else input_sums(q, group)
     few = h is None and tokens <= DECODE_TOKENS
     name = ("decode_w" if few else "gemm_w") + ("4a8" if bits == 4 else "8a8")
-    tile = tiles.find(name + "_grouped" if group else name, arch, tokens, columns, outputs)
+    name = entry(name, group, None if h is None else h.dtype)
+    tile = tiles.find(name, arch, tokens, columns, outputs)
     step = tile.options["BK"]
     fixed = {
         "BITS": bits,

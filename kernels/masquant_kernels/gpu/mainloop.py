@@ -105,8 +105,9 @@ def group_sums(
     """sum over k of (Qw[rn, k] - zero[rn, g]) * weight_scale[rn, g] * q[rt, k] -> f32 [BN, BT].
 
     GROUP: inputs g of a group: 32, 64 or a multiple of 128. start: a multiple of 128.
-    input_sums_ptr: int32 [T, G], the sum of q over each group; present when zero_ptr is.
-    Each group's integer sum is exact; groups are added in order, in f32.
+    input_sums_ptr: int32 [T, q_columns / min(GROUP, 128)], sums of q over that many inputs;
+    present when zero_ptr, int8 [N, G], is.
+    Integer sums are exact; those of the groups are added in order, in f32.
     """
     STEP: tl.constexpr = 32 if GROUP == 32 else 64
     j = tl.arange(0, STEP)
@@ -118,10 +119,10 @@ def group_sums(
             low, high = k + j0, k + j0 + 64  # first inputs of the two halves
             # Scales are asked for ahead of the products, which hide how long they take.
             scale0, zero0, sums0 = _of_groups(
-                scale_ptr, zero_ptr, input_sums_ptr, rt, rn, low // GROUP, G, BITS
+                scale_ptr, zero_ptr, input_sums_ptr, rt, rn, low, q_columns, G, BITS, GROUP
             )
             scale1, zero1, sums1 = _of_groups(
-                scale_ptr, zero_ptr, input_sums_ptr, rt, rn, high // GROUP, G, BITS
+                scale_ptr, zero_ptr, input_sums_ptr, rt, rn, high, q_columns, G, BITS, GROUP
             )
             q0 = tl.load(q_row + low)
             q1 = tl.load(q_row + high)
@@ -141,14 +142,19 @@ def group_sums(
 
 
 @triton.jit
-def _of_groups(scale_ptr, zero_ptr, input_sums_ptr, rt, rn, g, G, BITS: tl.constexpr):
-    """Group g's scales [BN, 1], zero points [BN, 1] and input sums [1, BT], in the unit of the
-    product, which is 16 at 4 bits."""
+def _of_groups(
+    scale_ptr, zero_ptr, input_sums_ptr, rt, rn, k, q_columns, G,
+    BITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Scales [BN, 1] and zero points [BN, 1] of input k's group and sums [1, BT] of the inputs
+    around it, in the unit of the product, which is 16 at 4 bits."""
     UNIT: tl.constexpr = 16 if BITS == 4 else 1
-    scale = of_group(scale_ptr, rn, g, G)[:, None] * (1.0 / UNIT)
+    SUMMED: tl.constexpr = GROUP if GROUP < 128 else 128
+    scale = of_group(scale_ptr, rn, k // GROUP, G)[:, None] * (1.0 / UNIT)
     if zero_ptr is not None:
-        zero = of_group(zero_ptr, rn, g, G).to(tl.int32)[:, None] * UNIT
-        return scale, zero, of_group(input_sums_ptr, rt, g, G)[None, :]
+        zero = of_group(zero_ptr, rn, k // GROUP, G).to(tl.int32)[:, None] * UNIT
+        sums = of_group(input_sums_ptr, rt, k // SUMMED, q_columns // SUMMED)[None, :]
+        return scale, zero, sums
     else:
         return scale, 0, 0
 
