@@ -67,6 +67,8 @@ class MasquantHfQuantizer(HfQuantizer):
             wanted = self._dtypes.get(key, value.dtype)
             if value.dtype != wanted and not any(name in key for name in exempt):
                 value.data = value.data.to(wanted)
+        # Or a call without no_grad would take the slow road that has gradients.
+        model.requires_grad_(False)
         fuse_sites(model)
         return model
 
