@@ -31,15 +31,14 @@ _GEMM = re.compile(r"(gemm|decode|hopper)_w(\d)a(\d+)(_f32)?(_grouped|_fine)?")
 class Launch:
     arch: int
     entry: str  # of the table: an op, or one of its forms
-    row: int  # which of the entry's tiles
+    tile: dict
     variant: str
     op: str
     arguments: dict
 
     def __call__(self) -> None:
         backend = "hopper" if self.entry.startswith("hopper") else "triton"
-        tile = _rows(self.arch)[self.entry][self.row]
-        with dispatch.force(backend), tiles.override(self.entry, tile):
+        with dispatch.force(backend), tiles.override(self.entry, self.tile):
             getattr(torch.ops.masquant, self.op)(**self.arguments)
 
 
@@ -47,10 +46,16 @@ def launches(arch: int) -> Iterator[Launch]:
     """Of one architecture; raises ValueError for an entry that nobody taught this file."""
     for entry, rows in _rows(arch).items():
         variants = _variants(entry)
-        for (row, _), (name, (op, arguments)) in itertools.product(
-            enumerate(rows), variants.items()
-        ):
-            yield Launch(arch, entry, row, name, op, arguments)
+        for tile, (name, (op, arguments)) in itertools.product(_distinct(rows), variants.items()):
+            yield Launch(arch, entry, tile, name, op, arguments)
+
+
+def _distinct(rows: list[dict]) -> list[dict]:
+    """Tiles that are compiled apart: into how many parts a sum is split does not matter."""
+    found = {}
+    for tile in rows:
+        found[frozenset((tile | {"SPLIT": tile["SPLIT"] > 1}).items())] = tile
+    return list(found.values())
 
 
 def _rows(arch: int) -> dict[str, list[dict]]:
@@ -70,9 +75,9 @@ def _variants(entry: str) -> dict[str, tuple[str, dict]]:
     if entry in ("lowrank_down", "lowrank_down_f32"):
         return _lowrank_down(entry.endswith("f32"))
     if found := _GEMM.fullmatch(entry):
-        kind, bits, activation_bits, f32, grouped = found.groups()
-        group = {None: 0, "_grouped": 128, "_fine": 32}[grouped]
-        return _gemm(kind, int(bits), int(activation_bits), bool(f32), group)
+        kind, bits, activation_bits, f32, grouping = found.groups()
+        groups = {None: (0,), "_grouped": (128,), "_fine": (32, 64)}[grouping]
+        return _gemm(kind, int(bits), int(activation_bits), bool(f32), groups)
     raise ValueError(f"the tile tables have {entry!r}, which launches.py does not know")
 
 
@@ -108,12 +113,14 @@ def _lowrank_down(f32: bool) -> dict:
     }
 
 
-def _gemm(kind: str, bits: int, activation_bits: int, f32: bool, group: int) -> dict:
+def _gemm(kind: str, bits: int, activation_bits: int, f32: bool, groupings: tuple) -> dict:
     few = kind == "decode"
     tokens = 16 if few else 512
     dtype = torch.float32 if f32 else torch.bfloat16
 
-    def given(columns: int = COLUMNS, extras: bool = True, zeros: bool = False) -> dict:
+    def given(
+        columns: int = COLUMNS, extras: bool = True, zeros: bool = False, group=groupings[0]
+    ) -> dict:
         groups = columns // group if group else 1
         padded = -(-columns // 128) * 128
         weight = {
@@ -145,8 +152,10 @@ def _gemm(kind: str, bits: int, activation_bits: int, f32: bool, group: int) -> 
     variants = {"rank, bias": given(), "bare": given(extras=False)}
     if bits == 4 and kind != "hopper":
         variants[ZERO_POINT] = given(zeros=True)
-    if not group:  # groups leave no rest here
+    if groupings == (0,):  # whole groups leave no rest
         variants["ragged"] = given(COLUMNS - 48)
+    if len(groupings) > 1:
+        variants["other group"] = given(group=groupings[1])
     if kind == "hopper":
         variants["f32 output"] = given() | {"dtype": torch.float32}
     return {name: (op, arguments) for name, arguments in variants.items()}

@@ -209,7 +209,7 @@ _DERIVED = ("permutes", "waits", "hazards")  # from the main loop, which is too 
 
 def _record(row: Row) -> dict:
     at, f = row.launch, row.facts
-    record = {"arch": at.arch, "entry": at.entry, "tile": at.row, "variant": at.variant}
+    record = {"arch": at.arch, "entry": at.entry, "tile": at.tile, "variant": at.variant}
     if f is not None:
         record |= dataclasses.asdict(f) | {name: getattr(f, name) for name in _DERIVED}
         del record["main_loop"]
