@@ -6,11 +6,12 @@ arithmetic, not by measurements; `hopper_tiles.json` has tiles.json's form and i
 """
 
 import functools
+import weakref
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from masquant_kernels.gpu import tiles
 from masquant_kernels.gpu.common import backend_op
@@ -122,20 +123,29 @@ def _addressable_columns(h: Tensor, rank: int) -> tuple[Tensor, int]:
     return parts.flatten(1), parts.shape[2]
 
 
-_channel_major_of = WeakTensorKeyDictionary()  # lr_b -> (its version, the copy)
+class _Copy(NamedTuple):
+    of: weakref.ref
+    version: int | None  # of the tensor when it was copied
+    tensor: Tensor
+
+
+_copies: dict[int, _Copy] = {}  # by id: comparing tensors as keys would cost a launch's time
 
 
 def _channel_major(lr_b: Tensor) -> Tensor:
     """lr_b f16 [M-1, R, N] -> bf16 [(M-1) * N, R rounded up to RANKS], zero padded; kept as long
     as lr_b lives and is not written to."""
+    key = id(lr_b)
     version = None if lr_b.is_inference() else lr_b._version
-    kept = _channel_major_of.get(lr_b)
-    if kept is None or kept[0] != version:
-        rank = lr_b.shape[1]
-        copy = lr_b.transpose(1, 2).to(torch.bfloat16)
-        copy = torch.nn.functional.pad(copy, (0, -rank % RANKS)).flatten(0, 1).contiguous()
-        kept = _channel_major_of[lr_b] = (version, copy)
-    return kept[1]
+    kept = _copies.get(key)
+    if kept is not None and kept.of() is lr_b and kept.version == version:
+        return kept.tensor
+    copy = lr_b.transpose(1, 2).to(torch.bfloat16)
+    copy = torch.nn.functional.pad(copy, (0, -lr_b.shape[1] % RANKS))
+    copy = copy.flatten(0, 1).contiguous()
+    if not (lr_b.is_cuda and torch.cuda.is_current_stream_capturing()):  # else filled on replay
+        _copies[key] = _Copy(weakref.ref(lr_b, lambda _: _copies.pop(key, None)), version, copy)
+    return copy
 
 
 def _describe(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
