@@ -511,3 +511,18 @@ def test_a_compiled_model_is_told_the_ids_of_every_batch():
     mixed = words.index_fill(1, torch.arange(3), tiny_models.IMAGE)
     for batch in (mixed, words, mixed.flip(1)):
         assert_same(run(input_ids=batch)[0], inner(input_ids=batch)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["self_attn", "self_attn.k_proj", "mlp"])
+def test_a_compiled_part_behind_an_eager_norm(part):
+    """The norm has left its work to a site that runs in compiled code."""
+    model = quantized(tiny_models.qwen2_vl(), scheme_of(tiny_models.qwen2_vl()))
+    inner = model.model.language_model
+    words = tiny_models.text_inputs()["input_ids"]
+    batches = words.index_fill(1, torch.arange(3), tiny_models.IMAGE), words
+    want = [inner(input_ids=batch)[0] for batch in batches]
+    for layer in inner.layers:
+        layer.get_submodule(part).compile(backend="eager")
+    for batch, expected in zip(batches, want, strict=True):
+        assert_same(inner(input_ids=batch)[0], expected)

@@ -141,7 +141,7 @@ class MasSite(_Quantized):
     def _norm(self, x: Tensor) -> tuple[Tensor | None, float]:
         """Weight and eps of the norm that x is still to go through."""
         norm = self.norm
-        if norm is None or torch.compiler.is_compiling():
+        if norm is None:
             return None, 0.0
         owner, unnormed, weight = self.context.state.unnormed
         if owner is not norm:
