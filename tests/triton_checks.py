@@ -10,7 +10,7 @@ import pytest
 import torch
 from masquant_kernels import dispatch, gpu, ops, pack_int4, quantize_weight, reference
 from masquant_kernels.gpu import tiles
-from masquant_kernels.gpu.common import INTERPRET
+from masquant_kernels.gpu.common import INTERPRET, arch_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("text", "vision", "interleaved")
@@ -390,6 +390,42 @@ def test_swapping_two_modalities_is_noticed():
         assert not same(result(triton, **change), expected, 1e-2), change.keys()
 
 
+def test_vectors_need_not_be_contiguous():
+    case = Linear(4, 200, 0, True, 20)
+    apart = torch.stack([case.scale, case.scale * torch.nan], 1)[:, 0]
+    name, (_, scale, *rest) = case.arguments((None, None, None), torch.float32)
+    expected = reference.gemm_w4a8(case.q, scale, *rest)
+    assert same(triton(name, case.q, apart, *rest), expected)
+    weight = torch.stack([smooth_inv(200)[0], torch.full((200,), torch.nan)], 1)[:, 0]
+    args = (case.x, smooth_inv(200), case.modality)
+    check_quantized(
+        triton("smooth_quant", *args, 8, weight, 1e-6),
+        reference.smooth_quant(*args, 8, weight, 1e-6),
+        False,
+    )
+    args += (torch.randn(2, 200, 5, generator=seeded(2)).half(), weight, 1e-6)
+    assert same(triton("lowrank_down", *args), reference.lowrank_down(*args))
+
+
+@pytest.mark.parametrize(
+    ("chip", "arch"),
+    [
+        (75, None),
+        (80, 80),
+        (86, 89),
+        (87, 80),
+        (89, 89),
+        (90, 90),
+        (100, 100),
+        (103, 100),
+        (120, 89),
+    ],
+)
+def test_whose_tiles_a_chip_takes(chip, arch, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: divmod(chip, 10))
+    assert arch_of.__wrapped__(torch.device("cuda", 0)) == arch
+
+
 # --- tiles -----------------------------------------------------------------------------------
 
 
@@ -423,3 +459,24 @@ def test_a_table_of_the_users_own_comes_first(tmp_path, monkeypatch):
     assert tiles.find("gemm_w4a8", 80, 40, 1, 1).options == {"BT": 3, "num_warps": 1}
     assert tiles.find("gemm_w4a8", 80, 41, 1, 1).options["BT"] != 3
     tiles.find.cache_clear()
+
+
+@pytest.mark.parametrize("op", ["decode_w4a8", "decode_w4a16", "gemm_w8a8_f32_grouped"])
+def test_candidates_start_with_the_tables_own_and_fit_the_chip(op):
+    for arch, most in tiles.SHARED_MEMORY.items():
+        found, shipped = tiles.candidates(op, arch), tiles.rows(arch)[op]
+        assert all(tile in found for tile in shipped) and found[0] == shipped[0]
+        assert len(found) > len(shipped) and all(found.count(tile) == 1 for tile in found)
+        for tile in found:
+            weight = tile["BN"] * tile.get("BK", 128) // (1 if "w8" in op else 2)
+            inputs = tile["BT"] * tile.get("BK", 128) * (2 if "a16" in op else 1)
+            assert tile["num_stages"] * (weight + inputs) <= most * 1024
+
+
+def test_every_candidate_of_a_decode_step_gives_the_same_integers():
+    case = Linear(4, 1000, 0, True, 3)
+    args = (case.q, case.scale, *case.weight, *[None] * 4, torch.float32)
+    expected = reference.gemm_w4a8(*args)
+    for tile in tiles.candidates("decode_w4a8", 90)[::5]:
+        with tiles.override("decode_w4a8", tile):
+            assert torch.equal(triton("gemm_w4a8", *args), expected), tile

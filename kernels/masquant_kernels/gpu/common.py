@@ -14,17 +14,22 @@ import triton.language as tl
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 ARCHS = (80, 89, 90, 100)  # what tiles.json was chosen for
+# Chips with less shared memory than the next lower one of ARCHS; sm_89 has as little as they.
+SMALL = (86, 120, 121)
 
 
 @functools.cache
 def arch_of(device: torch.device) -> int | None:
-    """The newest of ARCHS that a device can stand for; None where no kernel here runs."""
+    """The one of ARCHS whose tiles serve a device; None where no kernel here runs."""
     if device.type == "cpu":  # the interpreter has no architecture: any tile serves
         return ARCHS[0] if INTERPRET.value else None
     if device.type != "cuda" or torch.version.hip:
         return None
     major, minor = torch.cuda.get_device_capability(device)
-    return max((arch for arch in ARCHS if arch <= 10 * major + minor), default=None)
+    chip = 10 * major + minor
+    if chip in SMALL:
+        return 89
+    return max((arch for arch in ARCHS if arch <= chip), default=None)
 
 
 def backend_op(launch):

@@ -38,6 +38,7 @@ def gemm_decode(
 
 def _run(arch, out, q, scale, weight, group_size, bias, h, lr_b, modality, bits):
     packed, w_scale, zero = weight
+    scale = scale.contiguous()
     tokens, columns = q.shape
     outputs, groups = w_scale.shape
     group = group_of(group_size, groups, columns)

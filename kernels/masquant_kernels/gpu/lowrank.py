@@ -117,6 +117,8 @@ def lowrank_down(arch, out, x, smooth_inv, modality, lr_a, norm_weight=None, eps
     count, _, rank = lr_a.shape
     if not count * rank:
         return out
+    if norm_weight is not None:
+        norm_weight = norm_weight.contiguous()
     name = "lowrank_down_f32" if x.dtype == torch.float32 else "lowrank_down"
     tile = tiles.find(name, arch, tokens, columns, rank)
     options = tile.options

@@ -115,6 +115,8 @@ def _launch(
     tile = tiles.find("smooth_quant", arch, tokens, columns)
     residual_stride = 0 if residual is None else residual.stride(0)
     up_stride = 0 if up is None else up.stride(0)
+    if norm_weight is not None:
+        norm_weight = norm_weight.contiguous()
     smooth_quant_kernel[(tokens,)](
         x, residual, up, total, norm_weight, smooth_inv, modality, q, scale,
         x.stride(0), residual_stride, up_stride,

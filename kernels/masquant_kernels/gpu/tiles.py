@@ -8,11 +8,43 @@ architecture that is not listed are those of the next lower one. Nothing is tune
 
 import contextlib
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
 
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that one program may use
+_DECODE = {
+    "BT": (16,),
+    "BN": (64, 128),
+    "num_warps": (4,),
+    "num_stages": (3, 5),
+    "SPLIT": (1, 2, 4, 8, 16),
+}
+_GEMM = {
+    "BT": (32, 64, 128, 256),
+    "BN": (64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (3, 4),
+    "SPLIT": (1,),
+}
+_SPACES = {  # what to vary when an op is tuned, by the start of its name
+    "smooth_quant": {"BLOCK": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16), "SPLIT": (1,)},
+    "lowrank_down": {
+        "BT": (32, 64),
+        "BR": (32, 64, 128),
+        "BK": (64,),
+        "num_warps": (4, 8),
+        "num_stages": (3,),
+        "SPLIT": (1, 2, 4, 8),
+    },
+    "decode_w4a8": _DECODE | {"BK": (128, 256)},
+    "decode_w8a8": _DECODE | {"BK": (128, 256)},
+    "decode_w4a16": _DECODE,
+    "gemm_w4a8": _GEMM | {"BK": (128,)},
+    "gemm_w8a8": _GEMM | {"BK": (128,)},
+    "gemm_w4a16": _GEMM,
+}
 _BOUNDS = ("max_tokens", "max_columns", "max_outputs")
 
 
@@ -76,6 +108,30 @@ def override(op: str, tile: dict):
         _forced.clear()
         _forced.update(before)
         find.cache_clear()
+
+
+def candidates(op: str, arch: int) -> list[dict]:
+    """Tiles worth timing for an op of the table, as `override` takes them: the table's own, then
+    those of _SPACES that fit the chip."""
+    known = max(a for a in _table if a <= arch and op in _table[a])
+    found = rows(known)[op]
+    for prefix, space in _SPACES.items():
+        if op.startswith(prefix):
+            tiles = (dict(zip(space, v, strict=True)) for v in itertools.product(*space.values()))
+            found += [tile for tile in tiles if _fits(tile, op, arch)]
+    return [tile for i, tile in enumerate(found) if tile not in found[:i]]
+
+
+def _fits(tile: dict, op: str, arch: int) -> bool:
+    """Whether a GEMM's sums stay within 128 registers a thread, its stages in shared memory."""
+    if "BN" not in tile:
+        return True
+    sums = tile["BT"] * tile["BN"] // (32 * tile["num_warps"])
+    if "grouped" in op or "fine" in op:
+        sums *= 2  # those of the group and those of all groups
+    element = 1 if "a8" in op else 4 if "f32" in op else 2  # bytes of an activation
+    stage = (tile["BN"] + tile["BT"] * element) * tile.get("BK", 128)
+    return sums <= 128 and tile["num_stages"] * stage <= SHARED_MEMORY[arch] * 1024
 
 
 def _row(entry: dict) -> _Row:
