@@ -99,6 +99,12 @@ def test_many_groups_of_tiles_cover_the_output_once():
     assert not wrong(4, given, run(4, given, SQUARE | {"STAGES": 4}, blocks=7))
 
 
+def test_token_scales_may_be_strided():
+    given = arguments(4, 200, 264, 256)
+    given["scale"] = torch.stack([given["scale"], torch.full((200,), torch.nan)], 1)[:, 0]
+    assert not wrong(4, given, run(4, given, SQUARE | {"STAGES": 4}))
+
+
 def test_a_bad_token_spoils_its_own_row_only():
     given = arguments(4, 200, 264, 256, 3, 16, torch.bfloat16)
     given["scale"][70] = torch.nan
