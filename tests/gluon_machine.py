@@ -152,6 +152,7 @@ class Described:
 
 class Pointer:
     def __init__(self, base, at=0):
+        assert base.is_contiguous(), "an address knows no strides"
         self.base, self.at = base.view(-1), at
         self.dtype = SimpleNamespace(element_ty=base.dtype)
 
