@@ -1,5 +1,6 @@
 """What may be called fast: gates that fail what is wrong, medians, rooflines, plain words."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -380,3 +381,64 @@ def test_absent_libraries_are_said_to_be_absent(monkeypatch):
     assert set(peers.availability().values()) == {"not installed"}
     weights, x, *_ = operands()
     assert list(peers.libraries(weights, x)) == []
+
+
+# --- GPUs, with a stand-in for torch.cuda: what is called, in which order
+
+
+class FakeCuda:
+    """Records; one millisecond of device time for each call or replay of a graph."""
+
+    def __init__(self, monkeypatch, capturable: bool):
+        self.log, self.now, self.capturing = [], 0.0, False
+        fake = self
+
+        class Event:
+            def __init__(self, **_): ...
+
+            def record(self):
+                self.at = fake.now
+
+            def synchronize(self): ...
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        class Graph:
+            def replay(self):
+                fake.work("replay")
+
+        @contextlib.contextmanager
+        def graph(_graph):
+            if not capturable:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            fake.capturing = True
+            yield
+            fake.capturing = False
+
+        for name, value in {
+            "Event": Event, "CUDAGraph": Graph, "graph": graph, "synchronize": lambda *_: None,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def work(self, what: str):
+        if not self.capturing:
+            self.log.append(what)
+            self.now += 1.0
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_a_gpu_is_timed_by_replays_of_a_graph_where_it_can_be(monkeypatch, capturable):
+    fake = FakeCuda(monkeypatch, capturable)
+
+    class Flush:
+        def zero_(self):
+            fake.log.append("flush")
+
+    monkeypatch.setattr("masquant_cli.bench.timing.cache_bytes", lambda _: 8)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Flush())
+    found = Clock(torch.device("cuda"), repeats=2).times({"a": lambda _: fake.work("call")})
+    assert found["a"].seconds == 1e-3  # the flush is not counted
+    assert found["a"].how == ("CUDA graph" if capturable else "CUDA events")
+    assert fake.log[-4:] == ["flush", "replay" if capturable else "call"] * 2
+    assert fake.log[:3] == ["call"] * 3  # kernels are compiled before

@@ -137,7 +137,7 @@ def run_model(options: Options, progress: Progress) -> dict:
         layers=options.layers,
         seed=options.seed,
     )  # fmt: skip
-    clock = Clock(device, repeats=options.repeats or 5)
+    clock = Clock(device, repeats=options.repeats or (5 if cuda else 3))
     document = _header("model", options, device) | {
         "settings": {
             "model": settings.decoder.name,

@@ -29,9 +29,9 @@ from masquant_cli.runtime.scheme import KINDS, Scheme
 
 CHECK_TOKENS = 48
 TOWERS = ("visual", "audio_tower")
-# Of the logits, fast backends against the reference, over all layers: a rounding difference that
-# moves one integer by one step grows on its way through the layers.
-LOGITS = {torch.float32: 5e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+# Of the logits, fast backends against the reference. One integer moved by a rounding moves others
+# in every layer after it, so two right ways part by some percent; wrong wiring parts by about 100.
+LOGITS = {torch.float32: 0.1, torch.bfloat16: 0.25, torch.float16: 0.25}
 
 
 @dataclass(frozen=True)
