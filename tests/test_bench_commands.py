@@ -280,6 +280,7 @@ class FakeTiles:
 
 
 def test_tuning_writes_right_and_faster_tiles_only(monkeypatch):
+    pytest.importorskip("triton")
     tiles = FakeTiles(monkeypatch)
     seconds = {None: 2.0, "fast": 1.0, "wrong": 0.1}
 

@@ -94,7 +94,8 @@ def _works(linear: Linear, count: int, settings: Settings, device, arch: int) ->
         given |= ({"weight_zero_point": None} if bits == 4 else {}) | {"group_size": 0} | rest
         op = f"gemm_w{bits}a8"
         yield Work(f"{kind}_w{bits}a8", "triton", op, given, linear.n)
-        if arch == 90 and kind == "gemm":
+        hopper = len(dispatch.functions(op, device.type, "hopper")) > 1  # not only the reference
+        if arch == 90 and kind == "gemm" and hopper:
             yield Work(f"hopper_w{bits}a8", "hopper", op, given, linear.n)
     given = {"u": x, "weight_packed": weights.packed4, "weight_scale": weights.scale}
     given |= {"weight_zero_point": None, "group_size": 0} | rest
