@@ -197,6 +197,15 @@ def test_leaves_to_others_what_tma_cannot_address():
     assert run(4, given, BIG | {"STAGES": 4}) is NotImplemented
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_any_tile_that_tuning_tries_is_right(bits):
+    found = tiles.candidates(f"hopper_w{bits}a8", 90)
+    assert len(found) > 8
+    given = arguments(bits, 300, 520, 512, 3, 40, torch.bfloat16)
+    for tile in found[::3]:
+        assert not wrong(bits, given, run(bits, given, tile))
+
+
 @pytest.mark.parametrize("arch", [80, 89, 100])
 def test_is_for_hopper_only(arch):
     given = arguments(4, 200, 264, 256)

@@ -2,12 +2,11 @@
 
 Anything else (other chips, groups, zero points, few tokens, shapes that TMA cannot address, a
 Triton without Gluon) is left to plain Triton. Tiles were chosen by compiling (offline.py) and
-arithmetic, not by measurements; `hopper_tiles.json` has tiles.json's form and is tuned like it.
+arithmetic, not by measurements: hopper_tiles.json.
 """
 
 import functools
 import weakref
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,8 +30,6 @@ MAX_COLUMNS = 2**31 // (127 * 128)  # 16 * nibble * int8 summed over more could 
 GROUP = 16  # tiles of tokens that share the L2 cache, hopper_kernels._origin
 _ALIGNED = 16  # bytes: what TMA asks of addresses and row strides
 _ELEMENT = {torch.int8: gl.int8, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
-tiles.load_table(Path(__file__).with_name("hopper_tiles.json"))
 
 
 @backend_op

@@ -17,8 +17,8 @@ from masquant_kernels import dispatch
 from masquant_kernels.gpu import tiles
 
 try:
-    from masquant_kernels.gpu import hopper  # adds its tiles to the table
-except ImportError:
+    from masquant_kernels.gpu import hopper
+except ImportError:  # a Triton without Gluon
     hopper = None
 
 ARCHS = (80, 89, 90, 100)
@@ -65,7 +65,8 @@ def _rows(arch: int) -> dict[str, list[dict]]:
         if known <= arch:
             with contextlib.suppress(KeyError):
                 found |= tiles.rows(known)
-    return {e: rows for e, rows in found.items() if arch == 90 or not e.startswith("hopper")}
+    ours = arch == 90 and hopper is not None
+    return {e: rows for e, rows in found.items() if ours or not e.startswith("hopper")}
 
 
 def _variants(entry: str) -> dict[str, tuple[str, dict]]:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import triton
 
-# Shared memory one block may use, in bytes.
-SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+from masquant_kernels.gpu.tiles import SHARED_MEMORY
+
+SHARED_LIMIT = {arch: kib << 10 for arch, kib in SHARED_MEMORY.items()}  # bytes
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _OPCODE = re.compile(r"^\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)\s*(.*)$")

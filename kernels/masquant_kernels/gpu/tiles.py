@@ -1,4 +1,5 @@
-"""Which tile a kernel runs with: a lookup in tiles.json, by architecture, op and shape.
+"""Which tile a kernel runs with: a lookup in tiles.json and hopper_tiles.json (for Gluon), by
+architecture, op and shape.
 
 The table maps arch -> op -> rows. A row holds a tile and the largest shape it is for
 (max_tokens, max_outputs, max_columns; absent: any); the first row that fits is taken. Rows of an
@@ -28,6 +29,13 @@ _GEMM = {
     "num_stages": (3, 4),
     "SPLIT": (1,),
 }
+_HOPPER = {
+    "BT": (64, 128, 256),
+    "BN": (128, 256),
+    "STAGES": (3, 4, 5, 6),
+    "num_warps": (8,),
+    "SPLIT": (1,),
+}
 _SPACES = {  # what to vary when an op is tuned, by the start of its name
     "smooth_quant": {"BLOCK": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16), "SPLIT": (1,)},
     "lowrank_down": {
@@ -44,6 +52,7 @@ _SPACES = {  # what to vary when an op is tuned, by the start of its name
     "gemm_w4a8": _GEMM | {"BK": (128,)},
     "gemm_w8a8": _GEMM | {"BK": (128,)},
     "gemm_w4a16": _GEMM,
+    "hopper": _HOPPER,
 }
 _BOUNDS = ("max_tokens", "max_columns", "max_outputs")
 
@@ -129,6 +138,11 @@ def _fits(tile: dict, op: str, arch: int) -> bool:
     sums = tile["BT"] * tile["BN"] // (32 * tile["num_warps"])
     if "grouped" in op or "fine" in op:
         sums *= 2  # those of the group and those of all groups
+    if "STAGES" in tile:  # a ring of 128 inputs each, and a 16-bit tile of outputs
+        weight = tile["BN"] * (64 if "w4" in op else 128)
+        ring = tile["STAGES"] * (tile["BT"] * 128 + weight)
+        staged = 2 * tile["BT"] * tile["BN"]
+        return sums <= 128 and ring + staged + 1024 <= SHARED_MEMORY[arch] * 1024
     element = 1 if "a8" in op else 4 if "f32" in op else 2  # bytes of an activation
     stage = (tile["BN"] + tile["BT"] * element) * tile.get("BK", 128)
     return sums <= 128 and tile["num_stages"] * stage <= SHARED_MEMORY[arch] * 1024
@@ -143,4 +157,5 @@ def _tile(entry: dict) -> Tile:
     return Tile({k: v for k, v in entry.items() if k != "SPLIT"}, entry.get("SPLIT", 1))
 
 
-load_table(Path(__file__).with_name("tiles.json"))
+for _name in ("tiles.json", "hopper_tiles.json"):
+    load_table(Path(__file__).with_name(_name))
