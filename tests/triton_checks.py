@@ -11,6 +11,7 @@ import torch
 from masquant_kernels import dispatch, gpu, ops, pack_int4, quantize_weight, reference
 from masquant_kernels.gpu import tiles
 from masquant_kernels.gpu.common import INTERPRET, arch_of
+from triton.runtime import interpreter
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("text", "vision", "interleaved")
@@ -19,6 +20,19 @@ STEP = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and exp
 assert INTERPRET.value, "run with TRITON_INTERPRET=1"
+
+
+@pytest.fixture(autouse=True)
+def scalars_are_arrays_of_one(monkeypatch):
+    """The bounds of a loop are such arrays; NumPy 2.4 no longer makes an int of one by itself,
+    which the interpreter of Triton 3.6 relies on."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_more(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_more)
 
 
 @pytest.fixture(autouse=True)
