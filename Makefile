@@ -12,12 +12,13 @@ VENV ?= $(or $(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.masquant-installed
 
-.PHONY: help demo test lint format install wheel clean gpu-check readme-table
+.PHONY: help demo test lint format install wheel clean gpu-check gpu-compile readme-table
 
 help:
 	@echo "make demo     quantize the embedded model four ways and compare"
 	@echo "make test     run the tests              (ARGS='-k recipe' to choose)"
 	@echo "make lint     ruff, check only           make format: ruff, in place"
+	@echo "make gpu-compile  every kernel for every GPU, without one; reads the machine code"
 	@echo "make gpu-check  the kernels on this GPU: right, then how fast; under 10 minutes"
 	@echo "make install  only set up $(VENV)        (TORCH=auto|cpu|cuda)"
 	@echo "make wheel    build dist/*.whl"
@@ -48,6 +49,10 @@ wheel: install
 
 # Runs from a checkout: an installed torch, triton and Transformers are all it needs.
 RUN_WITH := $(or $(wildcard $(BIN)/python),$(PYTHON))
+
+# The sweep of every tile takes some 25 minutes of one core; ARGS='--quick' or --arch 90 are less.
+gpu-compile: install
+	$(BIN)/python -m masquant_kernels.gpu.offline $(ARGS)
 
 gpu-check:
 	$(RUN_WITH) tools/gpu_check.py $(ARGS)

@@ -14,11 +14,11 @@ INLINE __m256i add_products(__m256i sum, __m256i w, const int8_t *q) {
   return sum;
 }
 
-INLINE __m256i add_wide_products(__m256i sum, __m256i w, __m256i x) {
+INLINE __m256i add_wide_products(__m256i sum, __m256i x, const int16_t *w) {
   __m256i products;
   __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0"
           : "+x"(sum), "=&x"(products)
-          : "x"(x), "x"(w));
+          : "m"(*(const __m256i_u *)w), "x"(x));
   return sum;
 }
 
@@ -141,29 +141,29 @@ static int32_t row_int8(const int8_t *w, const int8_t *q, int64_t columns) {
   return sum;
 }
 
-// nt <= 4 tokens, 16 columns or (vectors = 1) 8
-INLINE void panel_nt(const int16_t *x, const float *xs, int64_t x_stride, int64_t xs_stride,
-                     const int nt, const int vectors, const int16_t *w, const float *ws,
-                     int64_t depth, float *out) {
+INLINE void panel_part(const int16_t *x, const float *xs, int64_t x_stride, int64_t xs_stride,
+                       const int nt, const int vectors, const int16_t *w, const float *ws,
+                       int64_t depth, float *out) {
   for (int64_t k = 0; k < depth; xs++, ws += PANEL) {
-    __m256i sum[4][2];
+    __m256i sum[2][4];
+#pragma GCC unroll 2
+    for (int t = 0; t < nt; t++)
 #pragma GCC unroll 4
-    for (int t = 0; t < nt; t++) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
-    for (int64_t end = least(k + GROUP, depth); k < end; k += 2, w += 2 * PANEL) {
-      __m256i v[2] = {at(w), at(w + 16)};
-#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++) sum[t][j] = _mm256_setzero_si256();
+    for (int64_t end = least(k + GROUP, depth); k < end; k += 2, w += 2 * PANEL)
+#pragma GCC unroll 2
       for (int t = 0; t < nt; t++) {
         int32_t two;
         memcpy(&two, x + t * x_stride + k, 4);
         __m256i both = _mm256_set1_epi32(two);
-#pragma GCC unroll 2
-        for (int j = 0; j < vectors; j++) sum[t][j] = add_wide_products(sum[t][j], v[j], both);
-      }
-    }
 #pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++)
+          sum[t][j] = add_wide_products(sum[t][j], both, w + 16 * j);
+      }
+#pragma GCC unroll 2
     for (int t = 0; t < nt; t++) {
       __m256 s = _mm256_set1_ps(xs[t * xs_stride]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int j = 0; j < vectors; j++) {
         float *o = out + t * PANEL + 8 * j;
         __m256 f = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[t][j]), _mm256_loadu_ps(ws + 8 * j));
@@ -173,10 +173,10 @@ INLINE void panel_nt(const int16_t *x, const float *xs, int64_t x_stride, int64_
   }
 }
 
-#define PANEL_COLUMNS 16
-#define PANEL_CALL(NT, columns)                                                                  \
-  if (columns > 8) panel_nt(x, xs, x_stride, xs_stride, NT, 2, w, ws, depth, out);               \
-  else panel_nt(x, xs, x_stride, xs_stride, NT, 1, w, ws, depth, out)
+#define PANEL_ROWS 2
+#define PANEL_VECTOR 8
+#define PANEL_CASES(CASE) CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) \
+                          CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4)
 #define ISA isa_avx2
 #define ISA_NAME "avx2"
 #define ISA_LANES 32

@@ -26,23 +26,17 @@ static void dot_groups(const uint8_t *w, const int8_t *q, int nt, int64_t length
 #undef CALL
 }
 
-static void panel(const int16_t *all, const float *scales, int64_t x_stride, int64_t xs_stride,
-                  int nt, const int16_t *w, const float *ws, int64_t depth, int64_t wide,
-                  float *result) {
-  for (int64_t n = 0; n < wide; n += PANEL_COLUMNS, w += 2 * PANEL_COLUMNS, ws += PANEL_COLUMNS) {
-    const int16_t *x = all;
-    const float *xs = scales;
-    float *out = result + n;
-    for (int left = nt; left > 0;) {
-      int some = left > 4 ? 4 : left;
-      switch (some) {
-        case 1: PANEL_CALL(1, wide - n); break;
-        case 2: PANEL_CALL(2, wide - n); break;
-        case 3: PANEL_CALL(3, wide - n); break;
-        default: PANEL_CALL(4, wide - n);
-      }
-      left -= some, x += some * x_stride, xs += some * xs_stride, out += some * PANEL;
-    }
+static void panel(const int16_t *x, const float *xs, int64_t x_stride, int64_t xs_stride, int nt,
+                  const int16_t *w, const float *ws, int64_t depth, int64_t wide, float *out) {
+  int vectors = (int)ceil_div(wide, PANEL_VECTOR);
+  for (int some; nt > 0;
+       nt -= some, x += some * x_stride, xs += some * xs_stride, out += some * PANEL) {
+    some = nt < PANEL_ROWS ? nt : PANEL_ROWS;
+#define CASE(NT, VECTORS)               \
+  if (some == NT && vectors == VECTORS) \
+    panel_part(x, xs, x_stride, xs_stride, NT, VECTORS, w, ws, depth, out);
+    PANEL_CASES(CASE)
+#undef CASE
   }
 }
 

@@ -70,10 +70,9 @@ static int32_t row_int8(const int8_t *w, const int8_t *q, int64_t columns) {
   return sum;
 }
 
-// nt <= 4 tokens, 32 columns or (vectors = 1) 16
-INLINE void panel_nt(const int16_t *x, const float *xs, int64_t x_stride, int64_t xs_stride,
-                     const int nt, const int vectors, const int16_t *w, const float *ws,
-                     int64_t depth, float *out) {
+INLINE void panel_part(const int16_t *x, const float *xs, int64_t x_stride, int64_t xs_stride,
+                       const int nt, const int vectors, const int16_t *w, const float *ws,
+                       int64_t depth, float *out) {
   for (int64_t k = 0; k < depth; xs++, ws += PANEL) {
     __m512i sum[4][2];
 #pragma GCC unroll 4
@@ -102,10 +101,10 @@ INLINE void panel_nt(const int16_t *x, const float *xs, int64_t x_stride, int64_
   }
 }
 
-#define PANEL_COLUMNS 32
-#define PANEL_CALL(NT, columns)                                                                  \
-  if (columns > 16) panel_nt(x, xs, x_stride, xs_stride, NT, 2, w, ws, depth, out);              \
-  else panel_nt(x, xs, x_stride, xs_stride, NT, 1, w, ws, depth, out)
+#define PANEL_ROWS 4
+#define PANEL_VECTOR 16
+#define PANEL_CASES(CASE) CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) \
+                          CASE(1, 2) CASE(2, 2) CASE(3, 2) CASE(4, 2)
 #define ISA isa_vnni
 #define ISA_NAME "avx512-vnni"
 #define ISA_LANES 64

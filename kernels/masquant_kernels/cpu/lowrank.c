@@ -5,8 +5,10 @@
 #include "lowrank.h"
 #include "smooth.h"
 
-#define ROWS 256    // tokens whose integers are held at once
-#define SLICE 256  // inputs of lr_a that are converted at once: 16 KiB, which stay in cache
+#define ROWS 1024       // tokens whose integers are held at once,
+#define HELD (1 << 23)  // or fewer, if they were more integers than this
+#define TASK 128        // tokens of a task, which takes a panel of columns
+#define SLICE 256       // inputs of lr_a that are converted at once: 16 KiB, which stay in cache
 
 void to_panel(const uint16_t *factor, int64_t stride, int64_t depth, int64_t columns, int16_t *w,
               float *ws) {
@@ -46,14 +48,15 @@ void mq_lowrank_down(const smooth_t *s, int64_t tokens, const int32_t *modality,
   const isa_t *isa = isa_here();
   int64_t columns = s->columns, padded = ceil_div(columns, GROUP) * GROUP;
   int64_t panels = ceil_div(rank, PANEL), width = count * rank;
+  int64_t most = least(ROWS, least(tokens, HELD / padded + 1));
   memset(h, 0, (size_t)(tokens * width) * (size_t)element_size(h_type));
-  int16_t *x = scratch(1, (size_t)(ROWS * padded) * 2);
-  float *xs = scratch(2, (size_t)(ROWS * (padded / GROUP)) * 4);
+  int16_t *x = scratch(1, (size_t)(most * padded) * 2);
+  float *xs = scratch(2, (size_t)(most * (padded / GROUP)) * 4);
   int64_t row_of[ROWS];
   for (int m = 1; m <= count; m++)
     for (int64_t next = 0; next < tokens;) {
       int64_t rows = 0;
-      for (; next < tokens && rows < ROWS; next++)
+      for (; next < tokens && rows < most; next++)
         if (modality[next] == m) row_of[rows++] = next;
       if (!rows) continue;
       int used = threads_for(rows * columns * 4, threads);
@@ -66,24 +69,24 @@ void mq_lowrank_down(const smooth_t *s, int64_t tokens, const int32_t *modality,
           xs[i * (padded / GROUP) + k / GROUP] = to_block(u + k, x + i * padded + k);
       }
 #pragma omp parallel for num_threads(threads_for(rows * columns * rank, threads)) schedule(dynamic)
-      for (int64_t p = 0; p < panels; p++) {
-        int64_t first = p * PANEL, wide = least(PANEL, rank - first);
+      for (int64_t task = 0; task < panels * ceil_div(rows, TASK); task++) {
+        int64_t first = task % panels * PANEL, wide = least(PANEL, rank - first);
+        int64_t from = task / panels * TASK, some = least(TASK, rows - from);
         int16_t *w = scratch(3, SLICE * PANEL * 2);
         float *ws = scratch(4, SLICE / GROUP * PANEL * 4);
-        float *out = scratch(5, ROWS * PANEL * 4);
-        memset(out, 0, ROWS * PANEL * 4);
+        float *out = scratch(5, TASK * PANEL * 4);
+        memset(out, 0, TASK * PANEL * 4);
         const uint16_t *factor = lr_a + (m - 1) * columns * rank + first;
         for (int64_t k = 0; k < padded; k += SLICE) {
           int64_t depth = least(SLICE, padded - k);
           to_panel(factor + k * rank, rank, least(depth, columns - k), wide, w, ws);
-          for (int64_t i = 0; i < rows; i += 16)  // few rows at a time: their slices stay cached
-            isa->panel(x + i * padded + k, xs + i * (padded / GROUP) + k / GROUP, padded,
-                       padded / GROUP, (int)least(16, rows - i), w, ws, depth, wide,
-                       out + i * PANEL);
+          isa->panel(x + from * padded + k, xs + (from * padded + k) / GROUP, padded,
+                     padded / GROUP, (int)some, w, ws, depth, wide, out);
         }
-        for (int64_t i = 0; i < rows; i++)
+        for (int64_t i = 0; i < some; i++)
           for (int64_t r = 0; r < wide; r++)
-            store1(h, row_of[i] * width + (m - 1) * rank + first + r, out[i * PANEL + r], h_type);
+            store1(h, row_of[from + i] * width + (m - 1) * rank + first + r, out[i * PANEL + r],
+                   h_type);
       }
     }
 }

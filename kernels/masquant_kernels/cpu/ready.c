@@ -7,24 +7,29 @@ int32_t sum_q(const int8_t *q, int64_t n) {
   return sum;
 }
 
-// After how many inputs 16-bit sums of w * q (w <= 15) must be widened: FLUSH always works, but
-// |q| is mostly far below 127, so the tile's own |q| are summed as the kernel sums (saturating).
+// After how many inputs 16-bit sums of w * q (0 <= w <= 15) must be widened. FLUSH always works, but
+// |q| is mostly far below 127, and what is positive and what is negative counts apart: a sum lies
+// between -15 * (sum of the negative |q|) and 15 * (sum of the positive q). Both are summed here as
+// the kernel sums, per lane and saturating.
 static int find_ends(const int8_t *q, int nt, int64_t length, int *ends) {
   const __m256i fifteen = _mm256_set1_epi8(15), full = _mm256_set1_epi16(0x7fff);
-  __m256i sum[TILE];
+  const __m256i zero = _mm256_setzero_si256();
+  __m256i sum[2][TILE];
   int n = 0;
-  for (int t = 0; t < nt; t++) sum[t] = _mm256_setzero_si256();
+  for (int t = 0; t < nt; t++) sum[0][t] = sum[1][t] = zero;
   for (int64_t k = 0; k < length; k += 32) {
-    __m256i next[TILE], over = _mm256_setzero_si256();
+    __m256i next[2][TILE], over = zero;
     for (int t = 0; t < nt; t++) {
-      __m256i v = _mm256_abs_epi8(_mm256_load_si256((const __m256i *)(q + k * nt + 32 * t)));
-      next[t] = _mm256_maddubs_epi16(fifteen, v);
-      sum[t] = _mm256_adds_epi16(sum[t], next[t]);
-      over = _mm256_or_si256(over, _mm256_cmpeq_epi16(sum[t], full));
+      __m256i v = _mm256_load_si256((const __m256i *)(q + k * nt + 32 * t));
+      for (int negative = 0; negative < 2; negative++, v = _mm256_sub_epi8(zero, v)) {
+        next[negative][t] = _mm256_maddubs_epi16(fifteen, _mm256_max_epi8(v, zero));
+        sum[negative][t] = _mm256_adds_epi16(sum[negative][t], next[negative][t]);
+        over = _mm256_or_si256(over, _mm256_cmpeq_epi16(sum[negative][t], full));
+      }
     }
     if (_mm256_movemask_epi8(over)) {
       ends[n++] = (int)k;
-      for (int t = 0; t < nt; t++) sum[t] = next[t];
+      memcpy(sum, next, sizeof sum);
     }
   }
   ends[n++] = (int)length;
@@ -75,9 +80,10 @@ void ready_hidden(const gemm_t *g, const ready_t *r, int64_t t) {
   int m = g->modality[t];
   if (m < 1) return;
   int64_t padded = r->low_blocks * GROUP;
-  float *v = scratch(0, (size_t)padded * 4);
-  for (int64_t i = 0; i < padded; i++)
-    v[i] = i < g->rank ? load1(g->h, (t * g->count + m - 1) * g->rank + i, g->h_type) : 0;
+  float *v = scratch(0, (size_t)(padded + LANES) * 4);
+  int64_t from = (t * g->count + m - 1) * g->rank, i = 0;
+  for (; i + LANES <= g->rank; i += LANES) store8(v, i, load8(g->h, from + i, g->h_type), F32);
+  for (; i < padded; i++) v[i] = i < g->rank ? load1(g->h, from + i, g->h_type) : 0;
   for (int64_t b = 0; b < r->low_blocks; b++)
     r->hs[t * r->low_blocks + b] = to_block(v + b * GROUP, r->h + t * padded + b * GROUP);
 }
