@@ -49,13 +49,22 @@ static void multiply_pass(const gemm_t *g, const ready_t *r, const isa_t *isa, i
         const uint8_t *row = (half ? high : w) + n * CHUNK;
         if (size) {
           const float *scale = g->weight_scale + (first + n) * g->groups + k / size;
-          isa->dot_groups(row, q, nt, inputs, unit, scale, (int)(size / unit), half ? 16 : 1,
+          isa->dot_groups(row, q, nt, inputs, unit, scale, (int)(size / unit), 4 * half,
                           (float *)sums + place);
         } else {
-          isa->dot(row, q, nt, ends, r->count[at], half ? 16 : 1, (int32_t *)sums + place);
+          isa->dot(row, q, nt, ends, r->count[at], 4 * half, (int32_t *)sums + place);
         }
       }
     }
+  }
+}
+
+// Ask for the lines of y that a tile will write: a store that misses waits for its line.
+static void own_rows(const gemm_t *g, int64_t from, int64_t to, int64_t first, int64_t wide) {
+  int64_t size = element_size(g->y_type);
+  for (int64_t row = from; row < least(from + TILE, to); row++) {
+    const char *y = (const char *)g->y + (row * g->out + first) * size;
+    for (int64_t at = 0; at < wide * size; at += 64) __builtin_prefetch(y + at, 1);
   }
 }
 
@@ -71,9 +80,11 @@ static void run_task(const gemm_t *g, const ready_t *r, const isa_t *isa, int64_
   }
   float *low = scratch(5, SPAN * PANEL * 4);
   int compensated = g->h && low_rank(g, r, isa, from, to, first, wide, low);
-  for (int64_t i = 0; i < tiles; i++)
+  for (int64_t i = 0; i < tiles; i++) {
+    own_rows(g, from + (i + 2) * TILE, to, first, wide);  // in time for the tile after the next
     finish_tile(g, r, from / TILE + i, first, wide, (int32_t *)sums + i * PANEL * TILE,
                 compensated ? low + i * TILE * PANEL : 0);
+  }
 }
 
 static void one_token(const gemm_t *g, const isa_t *isa) {

@@ -17,14 +17,14 @@ typedef struct {
   int lanes;  // bytes of one vector: group sizes must be multiples
   int bits;   // of the unsigned weights that `dot` takes
 
-  // out[t] += times * sum_k w[k] * q[t][k] for an interleaved tile of nt <= TILE tokens; w unsigned.
+  // out[t] += sum_k w[k] * q[t][k] << shift for an interleaved tile of nt <= TILE tokens, w unsigned.
   // 16-bit sums, where they are needed, end at ends[0..n), the last of which is the length.
-  void (*dot)(const uint8_t *w, const int8_t *q, int nt, const int *ends, int n, int times,
+  void (*dot)(const uint8_t *w, const int8_t *q, int nt, const int *ends, int n, int shift,
               int32_t *out);
 
-  // out[t] += times * sum_g scale[g] * sum_{k in g} w[k] * q[t][k]; a group is repeat x unit inputs
+  // The same with a scale for every group of repeat x unit inputs: sum_g scale[g] * sum_{k in g} ...
   void (*dot_groups)(const uint8_t *w, const int8_t *q, int nt, int64_t length, int64_t unit,
-                     const float *scale, int repeat, int times, float *out);
+                     const float *scale, int repeat, int shift, float *out);
 
   // One packed row times one row of q: sum_k (w[k] + 8) * q[k] and sum_k (w[k] + 128) * q[k].
   int32_t (*row_int4)(const int8_t *packed, const int8_t *q, int64_t padded);

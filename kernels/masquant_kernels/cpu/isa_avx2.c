@@ -22,14 +22,14 @@ INLINE __m256i add_wide_products(__m256i sum, __m256i x, const int16_t *w) {
   return sum;
 }
 
-// out[t] += times * (sum of the lanes of v[t]), eight t at once
-INLINE void add_sums(const __m256i *v, int times, int32_t *out) {
+// out[t] += (sum of the lanes of v[t]) << shift, eight t at once
+INLINE void add_sums(const __m256i *v, int shift, int32_t *out) {
   __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
   __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
   __m256i sum = _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20),
                                  _mm256_permute2x128_si256(a, b, 0x31));
   __m256i *o = (__m256i *)out;
-  *o = _mm256_add_epi32(*o, _mm256_mullo_epi32(sum, _mm256_set1_epi32(times)));
+  *o = _mm256_add_epi32(*o, _mm256_sll_epi32(sum, _mm_cvtsi32_si128(shift)));
 }
 
 INLINE void add_float_sums(const __m256 *v, float times, float *out) {
@@ -47,30 +47,25 @@ INLINE int32_t sum_i32(__m256i v) {
 }
 
 INLINE void dot_nt(const uint8_t *w, const int8_t *q, const int nt, const int *ends, int n,
-                   int times, int32_t *out) {
+                   int shift, int32_t *out) {
   const __m256i ones = _mm256_set1_epi16(1);
-  __m256i total[TILE];
-#pragma GCC unroll 8
-  for (int t = 0; t < TILE; t++) total[t] = _mm256_setzero_si256();
-  int k = 0;
-  for (int i = 0; i < n; i++) {
+  for (int i = 0, k = 0; i < n; i++) {
     __m256i sum[TILE];
 #pragma GCC unroll 8
-    for (int t = 0; t < nt; t++) sum[t] = _mm256_setzero_si256();
+    for (int t = 0; t < TILE; t++) sum[t] = _mm256_setzero_si256();
     for (int end = ends[i]; k < end; k += 32) {
       __m256i v = at(w + k);
 #pragma GCC unroll 8
       for (int t = 0; t < nt; t++) sum[t] = add_products(sum[t], v, q + k * nt + 32 * t);
     }
 #pragma GCC unroll 8
-    for (int t = 0; t < nt; t++)
-      total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(sum[t], ones));
+    for (int t = 0; t < nt; t++) sum[t] = _mm256_madd_epi16(sum[t], ones);
+    add_sums(sum, shift, out);
   }
-  add_sums(total, times, out);
 }
 
 INLINE void groups_nt(const uint8_t *w, const int8_t *q, const int nt, int64_t length,
-                      int64_t unit, const float *scale, int repeat, int times, float *out) {
+                      int64_t unit, const float *scale, int repeat, int shift, float *out) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 total[TILE];
 #pragma GCC unroll 8
@@ -93,7 +88,7 @@ INLINE void groups_nt(const uint8_t *w, const int8_t *q, const int nt, int64_t l
       total[t] = _mm256_fmadd_ps(f, s, total[t]);
     }
   }
-  add_float_sums(total, (float)times, out);
+  add_float_sums(total, (float)(1 << shift), out);
 }
 
 static int32_t row_int4(const int8_t *packed, const int8_t *q, int64_t padded) {

@@ -12,16 +12,16 @@
     default: call(8); \
   }
 
-static void dot(const uint8_t *w, const int8_t *q, int nt, const int *ends, int n, int times,
+static void dot(const uint8_t *w, const int8_t *q, int nt, const int *ends, int n, int shift,
                 int32_t *out) {
-#define CALL(NT) dot_nt(w, q, NT, ends, n, times, out)
+#define CALL(NT) dot_nt(w, q, NT, ends, n, shift, out)
   EACH_NT(CALL)
 #undef CALL
 }
 
 static void dot_groups(const uint8_t *w, const int8_t *q, int nt, int64_t length,
-                       int64_t unit, const float *scale, int repeat, int times, float *out) {
-#define CALL(NT) groups_nt(w, q, NT, length, unit, scale, repeat, times, out)
+                       int64_t unit, const float *scale, int repeat, int shift, float *out) {
+#define CALL(NT) groups_nt(w, q, NT, length, unit, scale, repeat, shift, out)
   EACH_NT(CALL)
 #undef CALL
 }

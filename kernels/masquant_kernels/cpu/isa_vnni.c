@@ -5,7 +5,7 @@
 INLINE __m512i at(const void *p) { return _mm512_loadu_si512(p); }
 
 INLINE void dot_nt(const uint8_t *w, const int8_t *q, const int nt, const int *ends, int n,
-                   int times, int32_t *out) {
+                   int shift, int32_t *out) {
   __m512i sum[TILE];
 #pragma GCC unroll 8
   for (int t = 0; t < nt; t++) sum[t] = _mm512_setzero_si512();
@@ -15,11 +15,11 @@ INLINE void dot_nt(const uint8_t *w, const int8_t *q, const int nt, const int *e
     for (int t = 0; t < nt; t++) sum[t] = _mm512_dpbusd_epi32(sum[t], v, at(q + k * nt + 64 * t));
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < nt; t++) out[t] += times * _mm512_reduce_add_epi32(sum[t]);
+  for (int t = 0; t < nt; t++) out[t] += _mm512_reduce_add_epi32(sum[t]) * (1 << shift);
 }
 
 INLINE void groups_nt(const uint8_t *w, const int8_t *q, const int nt, int64_t length,
-                      int64_t unit, const float *scale, int repeat, int times, float *out) {
+                      int64_t unit, const float *scale, int repeat, int shift, float *out) {
   __m512 total[TILE];
 #pragma GCC unroll 8
   for (int t = 0; t < nt; t++) total[t] = _mm512_setzero_ps();
@@ -41,7 +41,7 @@ INLINE void groups_nt(const uint8_t *w, const int8_t *q, const int nt, int64_t l
       total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t]), s, total[t]);
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < nt; t++) out[t] += (float)times * _mm512_reduce_add_ps(total[t]);
+  for (int t = 0; t < nt; t++) out[t] += (float)(1 << shift) * _mm512_reduce_add_ps(total[t]);
 }
 
 static int32_t row_int4(const int8_t *packed, const int8_t *q, int64_t padded) {
