@@ -2,22 +2,30 @@
 #include "gemm.h"
 
 int low_rank(const gemm_t *g, const ready_t *r, const isa_t *isa, int64_t from, int64_t to,
-                    int64_t first, int64_t wide, float *low) {
+             int64_t first, int64_t wide, float *low) {
   int any = 0;
   int64_t padded = r->low_blocks * GROUP;
   for (int m = 1; m <= g->count; m++) {
-    int converted = 0;
+    int64_t rows = 0, converted = 0;
+    for (int64_t t = from; t < to; t++) rows += g->modality[t] == m;
+    if (!rows) continue;
+    if (!any) memset(low, 0, (size_t)((to - from) * PANEL) * 4);
+    any = 1;
     int16_t *w = scratch(3, (size_t)(padded * PANEL) * 2);
     float *ws = scratch(4, (size_t)(r->low_blocks * PANEL) * 4);
+    const uint16_t *start = g->lr_b + (m - 1) * g->rank * g->out;
+    factor_t factor = {start + first, start + g->rank * g->out, g->out};
     for (int64_t a = from, b; a < to; a = b) {
       for (b = a + 1; b < to && g->modality[b] == g->modality[a];) b++;
       if (g->modality[a] != m) continue;  // [a, b) is a run of one modality
-      if (!any) memset(low, 0, (size_t)((to - from) * PANEL) * 4);
-      if (!converted)
-        to_panel(g->lr_b + (m - 1) * g->rank * g->out + first, g->out, g->rank, wide, w, ws);
-      any = converted = 1;
+      float *out = low + (a - from) * PANEL;
+      if (rows < FEW) {
+        few_tokens(r->hf + a * padded, padded, b - a, &factor, g->rank, wide, out);
+        continue;
+      }
+      if (!converted++) to_panel(&factor, g->rank, wide, w, ws);
       isa->panel(r->h + a * padded, r->hs + a * r->low_blocks, padded, r->low_blocks,
-                 (int)(b - a), w, ws, (g->rank + 1) & ~1LL, wide, low + (a - from) * PANEL);
+                 (int)(b - a), w, ws, (g->rank + 1) & ~1LL, wide, out);
     }
   }
   return any;

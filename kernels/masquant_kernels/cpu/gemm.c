@@ -88,18 +88,29 @@ static void run_task(const gemm_t *g, const ready_t *r, const isa_t *isa, int64_
 }
 
 static void one_token(const gemm_t *g, const isa_t *isa) {
-  int32_t sum = sum_q(g->q, g->padded);
-  int offset = g->bits == 4 ? 8 : 128;
-  float scale = *g->scale;
+  int32_t sum = sum_q(g->q, g->padded), offset = g->bits == 4 ? 8 : 128;
+  int m = g->h ? g->modality[0] : 0;
+  float *h = scratch(0, (size_t)(g->rank + 1) * 4);
+  for (int64_t i = 0; m && i < g->rank; i++) h[i] = load1(g->h, (m - 1) * g->rank + i, g->h_type);
 #pragma omp parallel for num_threads(threads_for(g->out * g->columns, g->threads)) schedule(static)
-  for (int64_t o = 0; o < g->out; o++) {
-    const int8_t *row = g->packed + o * g->row_bytes;
-    int32_t v = g->bits == 4 ? isa->row_int4(row, g->q, g->padded)
-                             : isa->row_int8(row, g->q, g->columns);
-    int32_t off = offset + (g->zero ? g->zero[o] : 0);
-    float y = (float)(v - off * sum) * scale * g->weight_scale[o];
-    if (g->bias) y += load1(g->bias, o, g->bias_type);
-    store1(g->y, o, y, g->y_type);
+  for (int64_t first = 0; first < g->out; first += PANEL) {
+    float low[PANEL] = {0};
+    int64_t wide = least(PANEL, g->out - first);
+    if (m) {
+      const uint16_t *start = g->lr_b + (m - 1) * g->rank * g->out;
+      factor_t factor = {start + first, start + g->rank * g->out, g->out};
+      few_tokens(h, 0, 1, &factor, g->rank, wide, low);
+    }
+    for (int64_t o = first; o < first + wide; o++) {
+      const int8_t *row = g->packed + o * g->row_bytes;
+      int32_t v = g->bits == 4 ? isa->row_int4(row, g->q, g->padded)
+                               : isa->row_int8(row, g->q, g->columns);
+      int32_t off = offset + (g->zero ? g->zero[o] : 0);
+      float y = (float)(v - off * sum) * *g->scale * g->weight_scale[o];
+      if (m) y += low[o - first];
+      if (g->bias) y += load1(g->bias, o, g->bias_type);
+      store1(g->y, o, y, g->y_type);
+    }
   }
 }
 
@@ -121,14 +132,16 @@ static void run_slab(const gemm_t *g, const isa_t *isa) {
                      g->group_size ? tiles * TILE * g->groups * 4 : 0,
                      tiles * r.chunks * (CHUNK / FLUSH) * 4,
                      tiles * r.chunks * 4,
+                     tokens * r.low_blocks * GROUP * 4,
                      tokens * r.low_blocks * GROUP * 2,
                      tokens * r.low_blocks * 4};
   void **parts[] = {(void **)&r.q, (void **)&r.u, (void **)&r.sums, (void **)&r.group_sums,
-                    (void **)&r.ends, (void **)&r.count, (void **)&r.h, (void **)&r.hs};
+                    (void **)&r.ends, (void **)&r.count, (void **)&r.hf, (void **)&r.h,
+                    (void **)&r.hs};
   int64_t total = 0;
-  for (int i = 0; i < 8; i++) total += (sizes[i] + 63) & ~63LL;
+  for (int i = 0; i < 9; i++) total += (sizes[i] + 63) & ~63LL;
   char *base = scratch(7, (size_t)total);
-  for (int i = 0; i < 8; base += (sizes[i++] + 63) & ~63LL) *parts[i] = base;
+  for (int i = 0; i < 9; base += (sizes[i++] + 63) & ~63LL) *parts[i] = base;
   int64_t panels = ceil_div(g->out, PANEL), spans = ceil_div(tokens, SPAN);
   int64_t neighbours = panels * spans / (8 * g->threads);  // panels that one thread takes in a row
   neighbours = neighbours < 1 ? 1 : least(neighbours, 4);
@@ -151,7 +164,7 @@ static void run_slab(const gemm_t *g, const isa_t *isa) {
 void mq_gemm(const gemm_t *given) {
   const isa_t *isa = isa_here();
   if (given->group_size % isa->lanes) isa = &isa_avx2;
-  if (given->tokens == 1 && given->q && !given->group_size && !given->h) {
+  if (given->tokens == 1 && given->q && !given->group_size) {
     one_token(given, isa);
     return;
   }

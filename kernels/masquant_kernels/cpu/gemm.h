@@ -30,7 +30,8 @@ typedef struct {
   int32_t *sums;         // [tiles * TILE]
   float *group_sums;     // [tiles][groups][TILE]
   int *ends, *count;     // [tiles][chunks][CHUNK / FLUSH], [tiles][chunks]
-  int16_t *h;            // [tokens][low_blocks * GROUP], of the token's own modality
+  float *hf;             // [tokens][low_blocks * GROUP], of the token's own modality
+  int16_t *h;            // the same in integers
   float *hs;             // [tokens][low_blocks]
   int64_t step, chunks;  // inputs of one pass, passes
   int64_t low_blocks;

@@ -21,7 +21,18 @@ INLINE float to_block(const float *v, int16_t *out) {
   return absmax / LIMIT;
 }
 
-// An f16 panel [depth, columns <= PANEL] of rows `stride` apart -> what isa->panel reads:
-// w [depth / 2][PANEL][2], ws [blocks][PANEL]; zeros fill both up to whole blocks.
-void to_panel(const uint16_t *factor, int64_t stride, int64_t depth, int64_t columns, int16_t *w,
-              float *ws);
+// Columns of an f16 matrix: its rows are `stride` apart, and its memory ends at `end`.
+typedef struct {
+  const uint16_t *first, *end;
+  int64_t stride;
+} factor_t;
+
+// depth rows of columns <= PANEL -> what isa->panel reads: w [depth / 2][PANEL][2] and
+// ws [blocks][PANEL], zeros up to a whole block.
+void to_panel(const factor_t *f, int64_t depth, int64_t columns, int16_t *w, float *ws);
+
+// out[t][0..columns) = x[t] @ f in floats: for so few tokens that a panel would cost more to make.
+// Columns up to the next vector are written too.
+#define FEW 8
+void few_tokens(const float *x, int64_t x_stride, int64_t tokens, const factor_t *f, int64_t depth,
+                int64_t columns, float *out);

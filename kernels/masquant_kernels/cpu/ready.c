@@ -80,7 +80,7 @@ void ready_hidden(const gemm_t *g, const ready_t *r, int64_t t) {
   int m = g->modality[t];
   if (m < 1) return;
   int64_t padded = r->low_blocks * GROUP;
-  float *v = scratch(0, (size_t)(padded + LANES) * 4);
+  float *v = r->hf + t * padded;
   int64_t from = (t * g->count + m - 1) * g->rank, i = 0;
   for (; i + LANES <= g->rank; i += LANES) store8(v, i, load8(g->h, from + i, g->h_type), F32);
   for (; i < padded; i++) v[i] = i < g->rank ? load1(g->h, from + i, g->h_type) : 0;
