@@ -37,6 +37,18 @@ def test_without_a_gpu_file_it_says_that_no_number_exists(tmp_path):
     assert readme_table.results(tmp_path) == []
 
 
+def test_a_cpu_is_shown_beside_the_missing_gpu(tmp_path):
+    rows = [row("dense bfloat16", 2e-5, 1.0), row("W4A8", 1e-5, 2.0)]
+    found = {"bench": "layers", "rows": rows, **document("cpu")}
+    found["machine"] |= {"threads": 2, "kernels": "C, avx2"}
+    del found["sections"]
+    (tmp_path / "cpu.json").write_text(json.dumps(found))
+    table = readme_table.markdown(readme_table.results(tmp_path))
+    assert "2 threads, C, avx2" in table
+    assert "| down 64x32 | 16 | 20.0 us bfloat16 | 2.00x |" in table
+    assert table.endswith(readme_table.NONE)
+
+
 def test_speed_slowness_and_wrongness_are_all_shown(tmp_path):
     rows = [
         row("dense bfloat16", 2e-5, 1.0), row("W4A8", 1e-5, 2.0), row("W8A8", 4e-5, 0.5),

@@ -1,4 +1,4 @@
-"""The README's kernel table, made of benchmarks/results/*.json and of nothing else.
+"""The README's kernel tables, made of benchmarks/results/*.json and of nothing else.
 
 python tools/readme_table.py            rewrite README.md between the markers
 python tools/readme_table.py --check    exit code 1 when it is not what the files say
@@ -21,23 +21,27 @@ FORMS = ("W4A8", "W8A8", "W4A8 rank 0.05, vision 100%")
 
 
 def results(folder: Path) -> list[dict]:
-    """Result files of GPUs, by name; small trial runs and other devices do not count."""
+    """Result files by name: of `make gpu-check`, and of `masquant bench layers` on a CPU."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [document for document in found if document["machine"]["device"] == "cuda"]
+    return [d for d in found if d["machine"]["device"] == "cuda" or d.get("bench") == "layers"]
 
 
 def markdown(documents: list[dict]) -> str:
-    return "\n\n".join(filter(None, map(_gpu, documents))) or NONE
+    gpus = [d for d in documents if d["machine"]["device"] == "cuda"]
+    cpus = [d for d in documents if d["machine"]["device"] == "cpu"]
+    return "\n\n".join([*map(_machine, cpus), *(map(_machine, gpus) if gpus else [NONE])])
 
 
-def _gpu(document: dict) -> str:
-    machine, sections = document["machine"], document["sections"]
-    versions = machine["versions"]
+def _machine(document: dict) -> str:
+    machine, versions = document["machine"], document["machine"]["versions"]
+    sections = document.get("sections") or {"layers": {"status": "ok", "rows": document["rows"]}}
+    where = f"triton {versions['triton']}"
+    if machine["device"] == "cpu":
+        where = ", ".join(filter(None, (f"{machine['threads']} threads", machine.get("kernels"))))
     wrong = [name for name, s in sections.items() if s["status"] in ("failed", "crashed", "hung")]
     lines = [
-        f"**{machine['name']}**, {machine['date'][:10]}, torch {versions['torch']}, triton "
-        f"{versions['triton']}: speed against dense float in its fastest dtype, quantization of "
-        "the activations included.",
+        f"**{machine['name']}**, {machine['date'][:10]}, torch {versions['torch']}, {where}: speed "
+        "against dense float in its fastest dtype, quantization of the activations included.",
         "",
         f"| linear | tokens | dense | {' | '.join(FORMS)} |",
         f"|---|---|---|{'---|' * len(FORMS)}",
@@ -54,7 +58,7 @@ def _gpu(document: dict) -> str:
 def _line(place: tuple, rows: dict) -> str:
     site, shape, tokens = place
     against = next((row["against"] for row in rows.values() if "against" in row), None)
-    dense = f"{rows[against]['seconds'] * 1e6:.1f} us {against[6:]}" if against else "not timed"
+    dense = f"{_time(rows[against]['seconds'])} {against[6:]}" if against else "not timed"
     cells = []
     for name in FORMS:
         speed = rows.get(name, {}).get("speedup")
@@ -63,6 +67,10 @@ def _line(place: tuple, rows: dict) -> str:
         cells.append("wrong" if failed else "" if speed is None else f"{speed:.2f}x{slower}")
     title = site if site == shape else f"{site} {shape}"
     return f"| {title} | {tokens} | {dense} | {' | '.join(cells)} |"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
 
 
 def rewritten(text: str, table: str) -> str:

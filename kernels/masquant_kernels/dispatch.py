@@ -79,3 +79,11 @@ def backend_of(name: str, device: torch.device | str) -> str:
     """The backend that is asked first for an op on a device; for reports."""
     first = functions(name, torch.device(device).type, _forced)[0]
     return next(key for key, module in _MODULES.items() if first.__module__.startswith(module))
+
+
+def describe(device: torch.device | str) -> str:
+    """What multiplies 4-bit weights on a device, for people: "C, avx2", "onednn", "hopper"."""
+    backend = backend_of("gemm_w4a8", device)
+    if backend != "cpu":
+        return backend
+    return f"C, {importlib.import_module(_MODULES['cpu']).ISA}"

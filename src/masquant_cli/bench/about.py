@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from masquant_kernels import dispatch
 
 from masquant_cli.errors import EnvironmentProblem
 
@@ -21,6 +22,7 @@ def about(device: torch.device) -> dict:
         "name": device_name(device),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
+        "kernels": dispatch.describe(device),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "command": shlex.join(sys.argv),

@@ -64,12 +64,8 @@ def _torch(facts: dict[str, str], warnings: list[str], problems: list[str]) -> N
 def _kernels(facts: dict[str, str], warnings: list[str], device: str) -> None:
     from masquant_kernels import dispatch
 
-    backend = dispatch.backend_of("gemm_w4a8", device)
-    if backend == "cpu":
-        from masquant_kernels import cpu
-
-        backend = f"C, compiled here for {cpu.ISA}"
-    elif device == "cpu":
+    backend = dispatch.describe(device)
+    if device == "cpu" and dispatch.backend_of("gemm_w4a8", device) != "cpu":
         warnings.append(
             f"quantized models will be slow on this CPU ({backend}): the fast kernels need x86-64 "
             "with AVX2 and a C compiler"
