@@ -32,6 +32,16 @@ def arch_of(device: torch.device) -> int | None:
     return max((arch for arch in ARCHS if arch <= chip), default=None)
 
 
+def low_rank_stages(arch: int) -> int | None:
+    """Stages of the loop over the rank, where it may not have those of its kernel.
+
+    On sm_90 a product may run on while the next step of a pipelined loop writes its left operand,
+    a factor converted in registers. Triton waits for it since 3.9; a loop of one stage always does.
+    """
+    version = tuple(int(n) for n in triton.__version__.split(".")[:2])
+    return 1 if arch == 90 and version < (3, 9) else None
+
+
 def backend_op(launch):
     """`launch(arch, out, *arguments)` -> the function that dispatch.py calls.
 

@@ -9,7 +9,7 @@ from masquant_kernels.gpu.common import INTERPRET, cast
 @triton.jit
 def add_low_rank(
     y, h_ptr, lr_b_ptr, mod_ptr, rt, rn, T, N, M, R,
-    BR: tl.constexpr,
+    BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y + (h @ lr_b)^T, f32 [BN, BT]; h f32 or bf16 [T, (M-1) * R], lr_b f16 [M-1, R, N].
 
@@ -22,7 +22,7 @@ def add_low_rank(
     for m in range(1, M):
         if tl.max((mod == m).to(tl.int32), 0) > 0:
             first = (m - 1) * R
-            for r0 in range(0, R, BR):
+            for r0 in tl.range(0, R, BR, num_stages=STAGES):
                 rank = r0 + r
                 h = tl.load(
                     h_row + (first + rank)[:, None],

@@ -17,7 +17,7 @@ def gemm_kernel(
     T, N, q_columns, w_columns, G, M, R,
     BITS: tl.constexpr, GROUP: tl.constexpr, RAGGED: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BR: tl.constexpr = 32, SWIZZLE: tl.constexpr = 8,
+    BR: tl.constexpr = 32, SWIZZLE: tl.constexpr = 8, LOW_RANK_STAGES: tl.constexpr = None,
 ):  # fmt: skip
     """One tile of BN outputs for BT tokens. GROUP: inputs per weight scale, 0: all of them."""
     pid_t, pid_n = tile_order(tl.program_id(0), T, N, BT, BN, SWIZZLE)
@@ -39,6 +39,6 @@ def gemm_kernel(
     if GROUP == 0:
         y *= tl.load(w_scale_ptr + rn, mask=rn < N, other=0.0)[:, None]
     if h_ptr is not None:
-        y = add_low_rank(y, h_ptr, lr_b_ptr, mod_ptr, rt, rn, T, N, M, R, BR)
+        y = add_low_rank(y, h_ptr, lr_b_ptr, mod_ptr, rt, rn, T, N, M, R, BR, LOW_RANK_STAGES)
     y = add_bias(y, bias_ptr, rn, N)
     store(y, y_ptr, rt, rn, T, N)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from masquant_kernels.gpu import tiles
-from masquant_kernels.gpu.common import INTERPRET, backend_op
+from masquant_kernels.gpu.common import INTERPRET, backend_op, low_rank_stages
 from masquant_kernels.gpu.decode import DECODE_TOKENS, FINISH_BLOCK, finish_kernel
 from masquant_kernels.gpu.epilogue import add_bias, add_low_rank, store, tile_order
 from masquant_kernels.gpu.groups import entry, group_of
@@ -95,17 +95,15 @@ def float_sums(
             elif zero_ptr is not None:
                 w0 -= of_group(zero_ptr, rn, low // GROUP, G)[:, None].to(work)
                 w1 -= of_group(zero_ptr, rn, high // GROUP, G)[:, None].to(work)
-            if GROUP == 0:
-                acc = tl.dot(w0, u0, acc, input_precision="tf32x3")
-                acc = tl.dot(w1, u1, acc, input_precision="tf32x3")
+            # Sums of a step are added up apart. That ends its products within the step, as it
+            # must: sm_90 reads the weights from registers that the next step writes.
+            part = tl.dot(w0, u0, input_precision="tf32x3")
+            if GROUP == 32 or GROUP == 64:
+                acc += part * scale0
+                part = tl.dot(w1, u1, input_precision="tf32x3")
             else:
-                part = tl.dot(w0, u0, input_precision="tf32x3")
-                if GROUP < 128:
-                    acc += part * scale0
-                    part = tl.dot(w1, u1, input_precision="tf32x3")
-                else:
-                    part = tl.dot(w1, u1, part, input_precision="tf32x3")
-                acc += part * scale1
+                part = tl.dot(w1, u1, part, input_precision="tf32x3")
+            acc += part if GROUP == 0 else part * scale1
     return acc
 
 
@@ -114,7 +112,7 @@ def gemm_w4a16_kernel(
     u_ptr, w_ptr, w_scale_ptr, zero_ptr, bias_ptr, h_ptr, lr_b_ptr, mod_ptr, y_ptr, parts_ptr,
     T, N, K, u_stride, w_columns, G, M, R, span,
     GROUP: tl.constexpr, RAGGED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-    BR: tl.constexpr = 32, SWIZZLE: tl.constexpr = 8,
+    BR: tl.constexpr = 32, SWIZZLE: tl.constexpr = 8, LOW_RANK_STAGES: tl.constexpr = None,
 ):  # fmt: skip
     """One tile of BN outputs for BT tokens; with parts_ptr the sum over one span of the inputs,
     to parts [S, T, N], for finish_kernel."""
@@ -132,7 +130,7 @@ def gemm_w4a16_kernel(
         if GROUP == 0:
             y *= tl.load(w_scale_ptr + rn, mask=rn < N, other=0.0)[:, None]
         if h_ptr is not None:
-            y = add_low_rank(y, h_ptr, lr_b_ptr, mod_ptr, rt, rn, T, N, M, R, BR)
+            y = add_low_rank(y, h_ptr, lr_b_ptr, mod_ptr, rt, rn, T, N, M, R, BR, LOW_RANK_STAGES)
         store(add_bias(y, bias_ptr, rn, N), y_ptr, rt, rn, T, N)
 
 
@@ -159,7 +157,8 @@ def gemm_w4a16(
     gemm_w4a16_kernel[(grid, split)](
         u, weight_packed, weight_scale, weight_zero_point, bias, h, lr_b, modality, out, parts,
         tokens, outputs, columns, u.stride(0), weight_packed.shape[1], groups, modalities, rank,
-        span, GROUP=group, RAGGED=columns % 128 != 0, **options,
+        span, GROUP=group, RAGGED=columns % 128 != 0, LOW_RANK_STAGES=low_rank_stages(arch),
+        **options,
     )  # fmt: skip
     if parts is not None:
         finish_kernel[(triton.cdiv(outputs, FINISH_BLOCK), tokens)](

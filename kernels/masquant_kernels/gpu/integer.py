@@ -4,7 +4,7 @@ import torch
 import triton
 
 from masquant_kernels.gpu import tiles
-from masquant_kernels.gpu.common import backend_op
+from masquant_kernels.gpu.common import backend_op, low_rank_stages
 from masquant_kernels.gpu.decode import DECODE_TOKENS, FINISH_BLOCK, finish_kernel, split_kernel
 from masquant_kernels.gpu.gemm import gemm_kernel
 from masquant_kernels.gpu.groups import entry, group_of, input_sums
@@ -67,7 +67,7 @@ def _run(arch, out, q, scale, weight, group_size, bias, h, lr_b, modality, bits)
     gemm_kernel[(grid,)](
         q, scale, packed, w_scale, zero, sums, bias, h, lr_b, modality, out,
         tokens, outputs, columns, packed.shape[1], groups, modalities, rank,
-        **fixed, **tile.options,
+        LOW_RANK_STAGES=low_rank_stages(arch), **fixed, **tile.options,
     )  # fmt: skip
     return out
 
