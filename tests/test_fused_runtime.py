@@ -27,6 +27,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
 import masquant_cli
 from masquant_cli.models.families import FAMILIES
+from masquant_cli.models.modality import token_ids_of
 from masquant_cli.models.sites import find_sites
 from masquant_cli.runtime import equation, mas_linear, modality_ids
 from masquant_cli.runtime.blocks import GatedMLP, MasRMSNorm, is_gated_mlp, is_rms_norm
@@ -451,6 +452,10 @@ def test_gradients_reach_the_input_as_in_the_plain_model(omni, monkeypatch):
 
 def generated(model, inputs, **options):
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
+    # A random model may write the token of a picture, and then there is no picture for it.
+    media = sorted({i for ids in token_ids_of(model.config).values() for i in ids})
+    if media:
+        options["suppress_tokens"] = media
     return model.generate(**inputs, **options).tolist()
 
 
@@ -464,10 +469,14 @@ def generated(model, inputs, **options):
 def test_generation_is_that_of_the_plain_model(name, options):
     make, inputs = MODELS[name]
     model = make()
-    model = quantized(model, scheme_of(model))
     inputs = inputs()  # omni: two rows, one padded on the left
     if "prefill_chunk_size" in options:
         inputs = tiny_models.text_inputs()
+    try:
+        generated(model, inputs, **options)
+    except RuntimeError as error:  # Transformers 5.17, for one
+        pytest.skip(f"this Transformers cannot do it with the float model either: {error}")
+    model = quantized(model, scheme_of(model))
     got = generated(model, inputs, **options)
     with plainly(model):
         assert got == generated(model, inputs, **options)
@@ -493,7 +502,8 @@ def test_a_prompt_in_chunks_is_the_prompt(omni):
     first["attention_mask"] = inputs["attention_mask"][:, :cut]
     begun = omni(**first, use_cache=True)
     length = inputs["input_ids"].shape[1]
-    positions = torch.arange(cut, length) + omni.model.rope_deltas
+    holder = omni.model if hasattr(omni.model, "rope_deltas") else omni  # it moved between releases
+    positions = torch.arange(cut, length) + holder.rope_deltas
     rest = omni(
         input_ids=inputs["input_ids"][:, cut:],
         position_ids=positions.expand(3, 1, -1),
