@@ -53,9 +53,8 @@ INLINE void transpose8(f8 *v) {
 // tile of tokens: subtracted here, and the sums turned into floats.
 INLINE f8 take_off(const gemm_t *g, const ready_t *r, int64_t tile, int64_t o, const void *sums) {
   if (g->u) return load8(sums, 0, F32);
-  int offset = g->bits == 4 ? 8 : 128;
   if (!g->group_size) {
-    __m256i by = _mm256_set1_epi32(offset + (g->zero ? g->zero[o] : 0));
+    __m256i by = _mm256_set1_epi32(offset_of(g, o));
     __m256i s = _mm256_load_si256((const __m256i *)(r->sums + tile * TILE));
     s = _mm256_sub_epi32(_mm256_load_si256((const __m256i *)sums), _mm256_mullo_epi32(by, s));
     return (f8)_mm256_cvtepi32_ps(s);
@@ -63,12 +62,12 @@ INLINE f8 take_off(const gemm_t *g, const ready_t *r, int64_t tile, int64_t o, c
   f8 v = load8(sums, 0, F32);
   const float *q = r->group_sums + tile * g->groups * TILE, *scale = g->weight_scale;
   for (int64_t i = 0, at = o * g->groups; i < g->groups; i++, at++)
-    v -= scale[at] * (float)(offset + (g->zero ? g->zero[at] : 0)) * load8(q, i * TILE, F32);
+    v -= scale[at] * (float)offset_of(g, at) * load8(q, i * TILE, F32);
   return v;
 }
 
-void finish_tile(const gemm_t *g, const ready_t *r, int64_t tile, int64_t first,
-                        int64_t wide, const int32_t *sums, const float *low) {
+void finish_tile(const gemm_t *g, const ready_t *r, int64_t tile, int64_t first, int64_t wide,
+                 const int32_t *sums, const float *low) {
   int nt = (int)least(TILE, g->tokens - tile * TILE), integers = !g->group_size && !g->u;
   for (int64_t n = 0; n < wide; n += LANES) {
     int64_t o = first + n;

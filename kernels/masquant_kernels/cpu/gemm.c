@@ -88,7 +88,7 @@ static void run_task(const gemm_t *g, const ready_t *r, const isa_t *isa, int64_
 }
 
 static void one_token(const gemm_t *g, const isa_t *isa) {
-  int32_t sum = sum_q(g->q, g->padded), offset = g->bits == 4 ? 8 : 128;
+  int32_t sum = sum_q(g->q, g->padded);
   int m = g->h ? g->modality[0] : 0;
   float *h = scratch(0, (size_t)(g->rank + 1) * 4);
   for (int64_t i = 0; m && i < g->rank; i++) h[i] = load1(g->h, (m - 1) * g->rank + i, g->h_type);
@@ -105,8 +105,7 @@ static void one_token(const gemm_t *g, const isa_t *isa) {
       const int8_t *row = g->packed + o * g->row_bytes;
       int32_t v = g->bits == 4 ? isa->row_int4(row, g->q, g->padded)
                                : isa->row_int8(row, g->q, g->columns);
-      int32_t off = offset + (g->zero ? g->zero[o] : 0);
-      float y = (float)(v - off * sum) * *g->scale * g->weight_scale[o];
+      float y = (float)(v - offset_of(g, o) * sum) * *g->scale * g->weight_scale[o];
       if (m) y += low[o - first];
       if (g->bias) y += load1(g->bias, o, g->bias_type);
       store1(g->y, o, y, g->y_type);

@@ -37,6 +37,11 @@ typedef struct {
   int64_t low_blocks;
 } ready_t;
 
+// What an unsigned weight has more than its value: 8 or 128, and the zero point of its scale i.
+INLINE int32_t offset_of(const gemm_t *g, int64_t i) {
+  return (g->bits == 4 ? 8 : 128) + (g->zero ? g->zero[i] : 0);
+}
+
 int32_t sum_q(const int8_t *q, int64_t n);
 void ready_tile(const gemm_t *g, const ready_t *r, const isa_t *isa, int64_t tile);
 void ready_hidden(const gemm_t *g, const ready_t *r, int64_t token);

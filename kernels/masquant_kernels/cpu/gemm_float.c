@@ -9,7 +9,7 @@ static void dequantize(const gemm_t *g, int64_t o, int64_t from, int64_t to, flo
   for (int64_t k = from; k < to;) {
     int64_t at = o * g->groups + least(k / size, g->groups - 1);
     int64_t end = k / size < g->groups - 1 ? least(to, (k / size + 1) * size) : to;
-    float scale = g->weight_scale[at], off = (float)(8 + (g->zero ? g->zero[at] : 0));
+    float scale = g->weight_scale[at], off = (float)offset_of(g, at);
     for (; k < end; k++) out[k - from] = ((float)biased[k - from] - off) * scale;
   }
 }

@@ -63,7 +63,7 @@ void ready_tile(const gemm_t *g, const ready_t *r, const isa_t *isa, int64_t til
       int64_t at = k / lanes * lanes * nt + lanes * t + k % lanes;
       _mm256_store_si256((__m256i *)(out + at), _mm256_loadu_si256((const __m256i *)(q + k)));
     }
-    r->sums[first + t] = sum_q(q, padded);
+    if (!size) r->sums[first + t] = sum_q(q, padded);
     for (int64_t i = 0; size && i < g->groups; i++)
       r->group_sums[(tile * g->groups + i) * TILE + t] = (float)sum_q(q + i * size, size);
   }
