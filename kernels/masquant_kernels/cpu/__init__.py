@@ -59,7 +59,6 @@ def bind(library: ctypes.CDLL) -> None:
 
 def smooth_quant(out, x, smooth_inv, modality, bits, norm_weight=None, eps=0.0, up=None):
     q, scale = out
-    norm_weight = None if norm_weight is None else norm_weight.float()
     s = _given(x, smooth_inv, norm_weight, eps, up)
     _quantize(
         byref(s), None, 0, None, x.shape[0], _pointer(modality), bits,
@@ -70,7 +69,6 @@ def smooth_quant(out, x, smooth_inv, modality, bits, norm_weight=None, eps=0.0, 
 
 def add_smooth_quant(out, x, residual, smooth_inv, modality, bits, norm_weight=None, eps=0.0):
     q, scale, total = out
-    norm_weight = None if norm_weight is None else norm_weight.float()
     s = _given(x, smooth_inv, norm_weight, eps, None)
     if residual.stride(1) != 1:
         return NotImplemented
@@ -84,7 +82,6 @@ def add_smooth_quant(out, x, residual, smooth_inv, modality, bits, norm_weight=N
 def lowrank_down(out, x, smooth_inv, modality, lr_a, norm_weight=None, eps=0.0, up=None):
     if not lr_a.is_contiguous():
         return NotImplemented
-    norm_weight = None if norm_weight is None else norm_weight.float()
     s = _given(x, smooth_inv, norm_weight, eps, up)
     _down(
         byref(s), x.shape[0], modality.data_ptr(), lr_a.data_ptr(), lr_a.shape[0], lr_a.shape[2],
@@ -165,10 +162,13 @@ def _covers(group_size: int) -> bool:
 
 
 def _given(x, smooth_inv, norm_weight, eps, up) -> _Smooth:
-    return _Smooth(
+    norm_weight = None if norm_weight is None else norm_weight.float()
+    s = _Smooth(
         x.data_ptr(), _pointer(up), smooth_inv.data_ptr(), _pointer(norm_weight),
         x.stride(0), 0 if up is None else up.stride(0), x.shape[1], eps, _DTYPES[x.dtype],
     )  # fmt: skip
+    s.kept = norm_weight  # perhaps a copy, which only this struct points to
+    return s
 
 
 def _pointer(tensor) -> int | None:
