@@ -7,14 +7,8 @@ import pytest
 import torch
 from masquant_kernels.quantizers import quantize_weight
 
-from masquant_cli.algo.learning import (
-    Schedule,
-    SiteProblem,
-    eq12,
-    heldout_error,
-    learn_joint,
-    learn_mas,
-)
+from masquant_cli.algo.joint import learn_joint
+from masquant_cli.algo.learning import Schedule, learn_mas
 from masquant_cli.algo.linear import (
     compensated_linear,
     fake_quant_rows,
@@ -23,6 +17,7 @@ from masquant_cli.algo.linear import (
     fake_quant_weight_ste,
 )
 from masquant_cli.algo.low_rank import best_low_rank
+from masquant_cli.algo.site import SiteProblem, eq12, heldout_error
 from masquant_cli.algo.smoothing import closed_form_scale, uniform_absmax
 
 SCHEDULE = Schedule(epochs=3, learning_rate=0.05, batch_rows=32, seed=0)
@@ -41,6 +36,8 @@ def site(weight_bits=4, activation_bits=8, rank=3, group_size=None, symmetric=Tr
         rows=tuple(x[40:] for x in samples),
         heldout=tuple(x[:40] for x in samples),
         absmax=torch.stack([x.abs().amax(0) for x in samples]),
+        mean_abs=torch.stack([x.abs().mean(0) for x in samples]),
+        tokens=tuple(len(x) for x in samples),
         weight_bits=weight_bits,
         group_size=group_size,
         symmetric=symmetric,

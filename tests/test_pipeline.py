@@ -457,7 +457,7 @@ def test_a_missing_folder_and_a_hub_out_of_reach(tmp_path, monkeypatch):
         small("method=rtn", base="tiny-omni-w8a8"),
         small("method=smoothquant", base="tiny-omni-w4a4"),
         small(base="tiny-omni-w4a16"),
-        small("weights.group_size=64", "smoothing.objective=mas", "compensation.whiten=false"),
+        small("weights.group_size=64", "method=masquant", "compensation.whiten=false"),
     ],
     ids=["rtn-w8a8", "smoothquant-w4a4", "masquant-w4a16", "paper-groups"],
 )

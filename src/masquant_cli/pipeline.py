@@ -24,8 +24,11 @@ from masquant_cli.rundir import (
     read_manifest,
     reopen,
     versions,
+    write_json,
     write_manifest,
 )
+
+RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def run(
     run = RunDir(Path(run_dir))
     done: dict[str, dict] = {}
     with run.lock():
+        write_json(run.path / RECIPE, recipe.model_dump(mode="json"))
         upstream = ""
         steps = plan(recipe, run_dir, reuse)
         if reuse and steps[0].state != "cached":
@@ -118,6 +122,26 @@ def plan(
                 why += f"; not reused from {other}: {reason}"
         steps.append(StagePlan(stage, state, why, wanted, reads[stage], folder))
     return steps
+
+
+def recipe_of(run_dir: Path) -> recipes.Recipe:
+    """The recipe that a run directory was last run with. Raises RecipeError, ArtifactError."""
+    path = Path(run_dir) / RECIPE
+    try:
+        return recipes.Recipe.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise RecipeError(
+            "not a run directory: it has no recipe.json",
+            where=str(run_dir),
+            hint="name a directory that `masquant run` has written to",
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(
+            f"this run's recipe cannot be read: {reason}",
+            where=str(path),
+            hint="run the recipe again in this directory",
+        ) from error
 
 
 def inputs(recipe: recipes.Recipe, *, download: bool = True) -> dict[str, dict] | None:

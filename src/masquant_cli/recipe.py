@@ -9,7 +9,17 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Modality = Literal["text", "vision", "audio", "video"]
 SiteKind = Literal["attn_in", "attn_out", "mlp_in", "mlp_out"]
-Method = Literal["rtn", "smoothquant", "masquant"]
+Method = Literal[  # each is the file of that name in methods/; a line here registers it
+    "rtn",
+    "smoothquant",
+    "awq",
+    "mbq",
+    "omniquant-uniform",
+    "text-scales",
+    "masquant",
+    "masquant-reference",
+    "masquant-joint",
+]
 
 SITE_KINDS: tuple[SiteKind, ...] = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 
@@ -80,6 +90,7 @@ class Weights(Frozen):
     bits: Literal[4, 8] = 4
     group_size: Annotated[int, Field(ge=8)] | None = None  # None: one scale per output channel
     symmetric: bool = True
+    rounding: Literal["nearest", "gptq"] = "nearest"  # of the base weight, by any method
 
     @model_validator(mode="after")
     def _asymmetric_needs_int4(self):
@@ -93,16 +104,27 @@ class Activations(Frozen):
 
 
 class Smoothing(Frozen):
-    """How scales are chosen. Ignored by `rtn`; `smoothquant` reads `beta` alone."""
+    """How a method chooses scales; each reads what its file in methods/ says it reads."""
 
     beta: Annotated[float, Field(ge=0, le=1)] = 0.5  # eq. 8; eq. 12 is beta = 0.5
-    learn: bool = True
-    objective: Literal["joint", "mas"] = "joint"  # eq. 29 with the rank in the loop | eq. 14
-    epochs: Annotated[int, Field(ge=0)] = 10  # passes over the kept rows
+    learn: bool = True  # False: the closed form alone
+    objective: Literal["linear", "block"] = (
+        "linear"  # error of a linear (eq. 14) | of a whole layer
+    )
+    epochs: Annotated[int, Field(ge=0)] = 10  # passes over the kept rows, or over `samples`
     learning_rate: Annotated[float, Field(gt=0)] = 0.05
     batch_rows: Annotated[int, Field(ge=1)] = 64
     heldout: Annotated[float, Field(gt=0, lt=1)] = 0.25  # share of the rows that only judges
+    samples: Annotated[int, Field(ge=1)] = 128  # objective block, and gradients of mbq
     loss_weights: dict[Modality, Annotated[float, Field(ge=0)]] = {}  # lambda_m, default 1
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _renamed(cls, objective):
+        if objective in ("joint", "mas"):
+            method = "masquant-joint" if objective == "joint" else "masquant"
+            raise ValueError(f"{objective!r} is a method now: method={method}")
+        return objective
 
 
 class Compensation(Frozen):
@@ -111,6 +133,7 @@ class Compensation(Frozen):
     rank: float = 0.05  # 0: off; below 1: ratio of min(in, out); otherwise absolute
     sites: tuple[SiteKind, ...] = SITE_KINDS
     whiten: bool = True
+    target: Literal["float", "quantized"] = "float"  # the residual reaches for S_m W | Q(S_m W)
 
     @field_validator("rank")
     @classmethod
@@ -173,7 +196,7 @@ class Recipe(Frozen):
     model: Model
     modalities: Annotated[tuple[Modality, ...], Field(min_length=1)] = ("text", "vision", "audio")
     calibration: Calibration
-    method: Method = "masquant"
+    method: Method = "masquant-joint"
     weights: Weights = Weights()
     activations: Activations = Activations()
     smoothing: Smoothing = Smoothing()

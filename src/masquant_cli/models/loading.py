@@ -92,7 +92,7 @@ def load_float(spec: recipes.Model, device: str = "auto") -> Loaded:
             hint="is a shard missing? download the model again",
         )  # fmt: skip
     _refuse_bad_weights(model, folder)
-    return Loaded(model.to(where).eval(), load_processor(folder), folder)
+    return Loaded(model.to(where).eval().requires_grad_(False), load_processor(folder), folder)
 
 
 def load_processor(folder: Path) -> Any:

@@ -31,13 +31,15 @@ def export_tensors(
     scale: Tensor,
     low_rank: Mapping[str, tuple[Tensor, Tensor]],
     scheme: Scheme,
+    integers: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of one site, {module key: tensor}, contiguous and ready for safetensors.
 
     weights: float [out, in], one per linear in site order. scale: f32 [M, in], row m divides the
     activations of modality m, row 0 also multiplies the weight. low_rank: {modality name:
     (lr_a [in, r], lr_b [r, sum of outs])}; a modality left out is stored as zeros, fewer than
-    `scheme.rank` columns are padded with zeros. Biases keep their name and are not included.
+    `scheme.rank` columns are padded with zeros. integers: i8 [sum of outs, in] in place of those
+    that rounding to nearest gives, in its scales. Biases keep their name and are not included.
 
     Raises RecipeError on a group size that does not divide, on shapes that do not fit, and on
     values that are not finite (or overflow fp16 in a low-rank factor).
@@ -74,7 +76,8 @@ def export_tensors(
         tensors[f"{site.module}.lr_a"] = lr_a
         for name, part in zip(site.linears, lr_b.split(site.out_features, 2), strict=True):
             tensors[f"{name}.lr_b"] = part
-    for name, weight in zip(site.linears, weights, strict=True):
+    chosen = [None] * len(weights) if integers is None else integers.split(site.out_features)
+    for name, weight, q in zip(site.linears, weights, chosen, strict=True):
         try:
             quantized = quantize_weight(
                 weight.float() * scale[0].to(weight.device),
@@ -84,7 +87,8 @@ def export_tensors(
             )
         except ValueError as error:
             raise RecipeError(str(error), where=name) from None
-        packed = pack_int4(quantized.q) if scheme.weight_bits == 4 else quantized.q
+        q = quantized.q if q is None else q
+        packed = pack_int4(q) if scheme.weight_bits == 4 else q
         tensors[f"{name}.weight_packed"] = packed
         tensors[f"{name}.weight_scale"] = quantized.scale
         if quantized.zero is not None:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import torch
+from masquant_kernels.quantizers import dequantize_weight
 
 from masquant_cli import shards
 from masquant_cli.algo.linear import fake_quant_weight
@@ -19,13 +20,15 @@ from masquant_cli.algo.low_rank import (
 )
 from masquant_cli.errors import RecipeError
 from masquant_cli.models.sites import Site
+from masquant_cli.stages.base import base_weight
 from masquant_cli.stages.job import Job
 
 
 def compensate(job: Job, folder: Path, fingerprint: str) -> dict:
     """Write `layers/NNN.safetensors` with, per corrected site kind and modality:
 
-    `{site}.{modality}.lr_a` [in, r] and `.lr_b` [r, sum of outs] f16, `.singular_values` f32.
+    `{site}.{modality}.lr_a` [in, r] and `.lr_b` [r, sum of outs] f16, `.singular_values` f32; and
+    with GPTQ rounding, per site, the base weight's integers `{site}.weight` [sum of outs, in] i8.
     The notes hold the effective rank before and after whitening, the share of the residual's
     energy that is left, and the SQNR this predicts for exact activations.
     """
@@ -39,8 +42,7 @@ def compensate(job: Job, folder: Path, fingerprint: str) -> dict:
             statistics = job.read("calibrate", layer.layer)
             scales = job.read("smooth", layer.layer)
             for site in layer.sites:
-                if job.rank(site):
-                    _site(job, site, statistics, scales[f"{site.kind}.scale"], tensors, notes)
+                _site(job, site, statistics, scales[f"{site.kind}.scale"], tensors, notes)
             shards.save(path, tensors, fingerprint=fingerprint, notes=notes)
         notes = shards.read_header(path)["notes"]
         left += [note["residual_energy_left"] for note in notes.values()]
@@ -59,10 +61,21 @@ def _site(
     recipe, device = job.recipe, job.loaded.model.device
     weight, scale = job.weight(site), scale.to(device)
     options = recipe.weights
-    base = fake_quant_weight(weight * scale[0], options.bits, options.group_size, options.symmetric)
+    form = options.bits, options.group_size, options.symmetric
+    if not job.rank(site) and options.rounding == "nearest":
+        return
+    rounded = base_weight(job, site, weight, scale, statistics)
+    if options.rounding != "nearest":
+        tensors[f"{site.kind}.weight"] = rounded.q
+    if not job.rank(site):
+        return
+    base = dequantize_weight(rounded)
     for m, name in enumerate(recipe.modalities[1:], start=1):
         key = f"{site.kind}.{name}"
-        delta = weight * scale[m] - base
+        reached = weight * scale[m]
+        if recipe.compensation.target == "quantized":
+            reached = fake_quant_weight(reached, *form)
+        delta = reached - base
         if f"{key}.gram" in statistics:
             # Divided by the token count, so that numbers do not grow with the data.
             count = max(1, int(statistics[f"{key}.count"]))

@@ -169,7 +169,9 @@ def _pack(job: Job, site: Site, smooth: dict, compensate: dict) -> dict[str, tor
         if f"{site.kind}.{name}.lr_a" in compensate
     }
     weights = [job.loaded.model.get_submodule(n).weight.detach().cpu() for n in site.linears]
-    return export_tensors(site, weights, scale, low_rank, job.scheme)
+    return export_tensors(
+        site, weights, scale, low_rank, job.scheme, compensate.get(f"{site.kind}.weight")
+    )
 
 
 def _keys(path: Path) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from masquant_cli import shards
 from masquant_cli.algo.low_rank import rank_for
 from masquant_cli.errors import ArtifactError, RecipeError
+from masquant_cli.methods import find
 from masquant_cli.models.loading import Loaded, load_float
 from masquant_cli.models.modality import check_modalities, merge_video, token_ids_of
 from masquant_cli.models.sites import LayerSites, Site, find_sites
@@ -72,12 +73,14 @@ class Job:
 
     def rank(self, site: Site) -> int:
         """Columns of the site's correction; 0 where the method or the recipe has none."""
-        compensation = self.recipe.compensation
-        if self.recipe.method != "masquant" or site.kind not in compensation.sites:
+        compensation, method = self.recipe.compensation, find(self.recipe.method)
+        if site.kind not in method.corrects or site.kind not in compensation.sites:
             return 0
-        if len(self.recipe.modalities) == 1:
+        if len(self.recipe.modalities) == 1 or not compensation.rank:
             return 0
-        return rank_for(compensation.rank, site.in_features, sum(site.out_features))
+        side = min(site.in_features, sum(site.out_features))
+        rank = rank_for(compensation.rank, site.in_features, sum(site.out_features))
+        return min(side, max(rank, method.least_rank))
 
     def weight(self, site: Site) -> torch.Tensor:
         """The site's linears stacked along their outputs: fp32 [sum of outs, in]."""

@@ -72,6 +72,9 @@ def _replace(job: Job, site: Site, scales: dict, low_rank: dict, now: _Now) -> l
             options.group_size,
             options.symmetric,
         )
+        if f"{site.kind}.weight" in low_rank:  # rounded by GPTQ, in the same scales
+            q = low_rank[f"{site.kind}.weight"][start : start + out].to(device)
+            base = base._replace(q=q)
         mine = {
             m: (a.to(device), b[:, start : start + out].to(device)) for m, (a, b) in pairs.items()
         }

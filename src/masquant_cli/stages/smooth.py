@@ -1,60 +1,19 @@
 """smooth: one scale per site, modality and channel, by the recipe's method."""
 
+import functools
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from masquant_cli import shards
-from masquant_cli.algo.learning import (
-    Learned,
-    Schedule,
-    SiteProblem,
-    eq12,
-    heldout_error,
-    learn_joint,
-    learn_mas,
-)
-from masquant_cli.algo.smoothing import closed_form_scale, uniform_absmax
-from masquant_cli.models.sites import Site
-from masquant_cli.recipe import Recipe
+from masquant_cli.algo.site import SiteProblem
+from masquant_cli.methods import find
+from masquant_cli.methods.method import Layer
+from masquant_cli.models.sites import LayerSites, Site
+from masquant_cli.stages.blocks import Blocks
 from masquant_cli.stages.job import Job
-
-
-def rtn(problem: SiteProblem, recipe: Recipe, seed: int) -> Learned:
-    """No smoothing: round to nearest."""
-    scale = torch.ones_like(problem.absmax)
-    return Learned(scale, heldout_error(problem, scale), "ones")
-
-
-def smoothquant(problem: SiteProblem, recipe: Recipe, seed: int) -> Learned:
-    """One scale for all modalities, from the range of the loudest (eq. 8 and 11)."""
-    one = closed_form_scale(uniform_absmax(problem.absmax), problem.absmax_w, recipe.smoothing.beta)
-    scale = one.expand_as(problem.absmax).contiguous()
-    return Learned(scale, heldout_error(problem, scale), "uniform eq. 8")
-
-
-def masquant(problem: SiteProblem, recipe: Recipe, seed: int) -> Learned:
-    """Scales per modality: eq. 12, then eq. 13-14 (`mas`) or eq. 29 itself (`joint`)."""
-    options = recipe.smoothing
-    epochs = options.epochs if options.learn else 0
-    schedule = Schedule(epochs, options.learning_rate, options.batch_rows, seed)
-    scale = eq12(problem, options.beta)
-    if epochs:
-        scale = learn_mas(problem, schedule, scale)
-    if options.objective == "joint":
-        return learn_joint(problem, schedule, scale)
-    origin = "eq. 14" if epochs else "eq. 12"
-    return Learned(scale, heldout_error(problem, scale), origin)
-
-
-# A method is one function of this form; the rest of the line does not know which one ran.
-METHODS: dict[str, Callable[[SiteProblem, Recipe, int], Learned]] = {
-    "rtn": rtn,
-    "smoothquant": smoothquant,
-    "masquant": masquant,
-}
+from masquant_cli.stages.sensitivity import Sensitivity
 
 
 def smooth(job: Job, folder: Path, fingerprint: str) -> dict:
@@ -63,22 +22,19 @@ def smooth(job: Job, folder: Path, fingerprint: str) -> dict:
     The notes of each shard, and the summary, hold the held-out SQNR of eq. 29 in dB.
     """
     recipe = job.recipe
-    method = METHODS[recipe.method]
+    solve = find(recipe.method).solve
+    sensitivity, blocks = Sensitivity(job), Blocks(job)
     job.progress.stage("smooth", len(job.layers), "layers")
     sqnr: dict[str, list[float]] = {m: [] for m in recipe.modalities}
     for layer in job.layers:
         path = shards.layer_file(folder, layer.layer)
         if not shards.is_done(path, fingerprint):
-            statistics = job.read("calibrate", layer.layer)
-            tensors, notes = {}, {}
-            for s, site in enumerate(layer.sites):
-                problem = site_problem(job, site, statistics)
-                found = method(problem, recipe, recipe.seed * 7919 + layer.layer * 31 + s)
-                tensors[f"{site.kind}.scale"] = found.scale
-                notes[site.kind] = {
-                    "origin": found.origin,
-                    "heldout_sqnr_db": [_db(e) for e in found.error],
-                }
+            solved = solve(_problem(job, layer, folder, sensitivity, blocks))
+            tensors = {f"{kind}.scale": found.scale for kind, found in solved.items()}
+            notes = {
+                kind: {"origin": found.origin, "heldout_sqnr_db": [_db(e) for e in found.error]}
+                for kind, found in solved.items()
+            }
             shards.save(path, tensors, fingerprint=fingerprint, notes=notes)
         for note in shards.read_header(path)["notes"].values():
             for m, value in zip(recipe.modalities, note["heldout_sqnr_db"], strict=True):
@@ -87,11 +43,26 @@ def smooth(job: Job, folder: Path, fingerprint: str) -> dict:
     return {"heldout_sqnr_db": {m: round(sum(v) / len(v), 2) for m, v in sqnr.items()}}
 
 
+def _problem(
+    job: Job, layer: LayerSites, folder: Path, sensitivity: Sensitivity, blocks: Blocks
+) -> Layer:
+    statistics = job.read("calibrate", layer.layer)
+    seed = job.recipe.seed * 7919 + layer.layer * 31
+    return Layer(
+        modalities=job.recipe.modalities,
+        sites={site.kind: site_problem(job, site, statistics) for site in layer.sites},
+        smoothing=job.recipe.smoothing,
+        seeds={site.kind: seed + s for s, site in enumerate(layer.sites)},
+        sensitivity=functools.partial(sensitivity.of, layer.layer),
+        block=functools.partial(blocks.at, layer.layer, folder),
+    )
+
+
 def site_problem(job: Job, site: Site, statistics: dict[str, torch.Tensor]) -> SiteProblem:
     """The site's weight and statistics as the pure functions want them."""
     recipe = job.recipe
     device = job.loaded.model.device
-    rows, heldout, absmax = [], [], []
+    rows, heldout, absmax, mean_abs, tokens = [], [], [], [], []
     for name in recipe.modalities:
         sample = statistics[f"{site.kind}.{name}.rows"].to(device)
         # Rows come in random order; at least one on each side, however few there are.
@@ -99,12 +70,16 @@ def site_problem(job: Job, site: Site, statistics: dict[str, torch.Tensor]) -> S
         heldout.append(sample[:judged])
         rows.append(sample[judged:] if judged < len(sample) else sample)
         absmax.append(statistics[f"{site.kind}.{name}.absmax"].to(device))
+        mean_abs.append(statistics[f"{site.kind}.{name}.mean_abs"].to(device))
+        tokens.append(int(statistics[f"{site.kind}.{name}.count"]))
     weights = recipe.smoothing.loss_weights
     return SiteProblem(
         weight=job.weight(site),
         rows=tuple(rows),
         heldout=tuple(heldout),
         absmax=torch.stack(absmax),
+        mean_abs=torch.stack(mean_abs),
+        tokens=tuple(tokens),
         weight_bits=recipe.weights.bits,
         group_size=recipe.weights.group_size,
         symmetric=recipe.weights.symmetric,

@@ -1,0 +1,134 @@
+"""What reports draw of one site: who dominates its channels, and what a correction buys at each
+rank (the paper's Figures 4 to 6).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from masquant_cli.algo.linear import fake_quant_rows, fake_quant_weight
+from masquant_cli.algo.low_rank import (
+    best_low_rank,
+    effective_rank,
+    smoothed_gram,
+    unwhitened_low_rank,
+)
+from masquant_cli.algo.metrics import db
+
+
+@dataclass(frozen=True)
+class Bits:
+    """How a site is quantized; see `quantize_weight` and `quantize_rows`."""
+
+    weight: int = 4
+    activation: int = 8
+    group_size: int | None = None
+    symmetric: bool = True
+
+
+@dataclass(frozen=True)
+class RankCurve:
+    """SQNR in dB of eq. 29 at each of `ranks`, with the whitened correction (`cmc`) and with the
+    plain truncated SVD of the residual (`svd`); effective ranks of the residual's spectrum."""
+
+    ranks: tuple[int, ...]
+    cmc: tuple[float, ...]
+    svd: tuple[float, ...]
+    effective_unwhitened: float
+    effective_whitened: float
+
+
+def dominance(absmax: Tensor) -> Tensor:
+    """Share of channels whose largest range is each modality's: absmax [M, in] -> f64 [M].
+
+    That modality sets the uniform smoothing factor (eq. 11). Channels that never fired belong to
+    no one; a tie goes to the modality listed first.
+    """
+    fired = absmax.amax(0) > 0
+    winner = absmax.argmax(0)[fired]
+    counts = torch.bincount(winner, minlength=len(absmax)).double()
+    return counts / counts.sum().clamp_min(1)
+
+
+def range_ratios(absmax: Tensor) -> list[Tensor]:
+    """alpha of every modality: the largest range of a channel over the modality's own, >= 1.
+
+    absmax [M, in] -> M vectors, each without the channels where that modality never fired.
+    """
+    largest = absmax.double().amax(0)
+    return [(largest / own.double())[own > 0] for own in absmax]
+
+
+def misalignment_db(ratios: Tensor) -> float:
+    """Eq. 20: the change in a modality's SQNR bound under uniform smoothing, <= 0 dB.
+
+    ratios [n]: its alpha per channel. 0 where all are equal, and for no channels.
+    """
+    if not len(ratios):
+        return 0.0
+    relative = (ratios.double().min() / ratios.double()).square()
+    return float(10 * relative.mean().log10())
+
+
+def own_weight_db(weight: Tensor, scale: Tensor, rows: Tensor, bits: Bits) -> float:
+    """SQNR in dB of eq. 21: a modality served by a weight quantized for its own scale.
+
+    weight [out, in], scale [in], rows [n, in], all fp32. With one scale for all modalities this
+    is what uniform smoothing gives.
+    """
+    wanted = rows @ weight.T
+    got = fake_quant_rows(rows / scale, bits.activation) @ _quantize(weight * scale, bits).T
+    return _db(wanted, wanted - got)
+
+
+def rank_curve(
+    weight: Tensor,
+    base_scale: Tensor,
+    scale: Tensor,
+    heldout: Tensor,
+    ratios: Sequence[float],
+    bits: Bits,
+    *,
+    gram: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> RankCurve:
+    """Eq. 29 at the ranks int(ratio * min(out, in)), each once, activations quantized.
+
+    weight [out, in]; base_scale, scale [in] of the base and of the modality; heldout [n, in]
+    judges. The correction is found from exactly one of `gram` [in, in] (of unsmoothed inputs, to
+    any constant factor) and `rows` [k, in]. Ranks beyond what `rows` can tell are left out.
+    """
+    base = _quantize(weight * base_scale, bits)
+    delta = weight * scale - base
+    most = min(weight.shape) if rows is None else min(*weight.shape, len(rows))
+    wanted = (int(ratio * min(weight.shape)) for ratio in ratios)
+    ranks = tuple(sorted({rank for rank in wanted if rank <= most}))
+    inputs = {"rows": rows / scale} if rows is not None else {"gram": smoothed_gram(gram, scale)}
+    top = max(ranks)
+    whitened, plain = best_low_rank(delta, top, **inputs), unwhitened_low_rank(delta, top)
+    smoothed = heldout / scale
+    target = heldout @ weight.T
+    error = target - fake_quant_rows(smoothed, bits.activation) @ base.T
+
+    def at(found, rank: int) -> float:  # the first r columns are the best correction of rank r
+        fixed = smoothed @ found.lr_a[:, :rank] @ found.lr_b[:rank]
+        return _db(target, error - fixed)
+
+    return RankCurve(
+        ranks=ranks,
+        cmc=tuple(map(partial(at, whitened), ranks)),
+        svd=tuple(map(partial(at, plain), ranks)),
+        effective_unwhitened=effective_rank(plain.singular_values),
+        effective_whitened=effective_rank(whitened.singular_values),
+    )
+
+
+def _quantize(weight: Tensor, bits: Bits) -> Tensor:
+    return fake_quant_weight(weight, bits.weight, bits.group_size, bits.symmetric)
+
+
+def _db(signal: Tensor, noise: Tensor) -> float:
+    return db(float(signal.double().square().sum()), float(noise.double().square().sum()))

@@ -1,0 +1,99 @@
+"""One site as a problem: what its smoothing depends on, and the error that a choice makes.
+
+With R_m = Y_m - (X_m / s_m) Q(W s_0).T the correction of modality m is R_m V V.T, since
+(X_m / s_m)(W s_m).T = Y_m; so neither the residual weight nor its factors are ever formed here.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from masquant_cli.algo.linear import fake_quant_rows, fake_quant_weight, fake_quant_weight_ste
+from masquant_cli.algo.low_rank import top_right_subspace
+from masquant_cli.algo.smoothing import closed_form_scale
+
+
+@dataclass(frozen=True)
+class SiteProblem:
+    """All that the smoothing of one site depends on.
+
+    weight [out, in] fp32 (the site's linears stacked), rows and heldout: per modality [n, in],
+    absmax and mean_abs [M, in], tokens per modality over all of the calibration data; modality 0
+    is the base. `rank` is that of the correction, 0 for none.
+    """
+
+    weight: torch.Tensor
+    rows: tuple[torch.Tensor, ...]
+    heldout: tuple[torch.Tensor, ...]
+    absmax: torch.Tensor
+    mean_abs: torch.Tensor
+    tokens: tuple[int, ...]
+    weight_bits: int
+    group_size: int | None
+    symmetric: bool
+    activation_bits: int
+    rank: int
+    loss_weights: tuple[float, ...]
+
+    @cached_property
+    def absmax_w(self) -> torch.Tensor:
+        return self.weight.abs().amax(0)
+
+    @cached_property
+    def targets(self) -> tuple[torch.Tensor, ...]:
+        """Float outputs [n, out] of `rows`: what every candidate is measured against."""
+        return tuple(x @ self.weight.T for x in self.rows)
+
+    @cached_property
+    def heldout_targets(self) -> tuple[torch.Tensor, ...]:
+        return tuple(x @ self.weight.T for x in self.heldout)
+
+    def quantize(self, weight: torch.Tensor, *, ste: bool = False) -> torch.Tensor:
+        quant = fake_quant_weight_ste if ste else fake_quant_weight
+        return quant(weight, self.weight_bits, self.group_size, self.symmetric)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """scale [M, in]; error: held-out noise power over signal power, per modality; its origin."""
+
+    scale: torch.Tensor
+    error: tuple[float, ...]
+    origin: str
+
+
+def eq12(problem: SiteProblem, beta: float = 0.5) -> torch.Tensor:
+    """Each modality's own closed form, eq. 12: [M, in]."""
+    return torch.stack([closed_form_scale(a, problem.absmax_w, beta) for a in problem.absmax])
+
+
+def heldout_error(problem: SiteProblem, scale: torch.Tensor) -> tuple[float, ...]:
+    """Noise over signal of eq. 29 on held-out rows, the correction found on the other rows."""
+    base = problem.quantize(problem.weight * scale[0])
+    return tuple(modality_error(problem, m, base, s)[0] for m, s in enumerate(scale))
+
+
+def judged(problem: SiteProblem, scale: torch.Tensor, origin: str) -> Learned:
+    """A method's answer with its held-out error; `scale [in]` is one for every modality."""
+    scale = scale.expand_as(problem.absmax).contiguous()
+    return Learned(scale, heldout_error(problem, scale), origin)
+
+
+def modality_error(
+    problem: SiteProblem,
+    m: int,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    start: torch.Tensor | None = None,
+) -> tuple[float, torch.Tensor | None]:
+    """Held-out relative noise power of modality m, and the subspace V [out, r] it used."""
+    y = problem.heldout_targets[m]
+    smoothed = problem.heldout[m] / scale
+    error = y - fake_quant_rows(smoothed, problem.activation_bits) @ base.T
+    v = None
+    if m > 0 and problem.rank > 0:
+        residual = problem.targets[m] - (problem.rows[m] / scale) @ base.T
+        v = top_right_subspace(residual, problem.rank, start)
+        error = error - (y - smoothed @ base.T) @ v @ v.T
+    return float(error.square().sum() / y.square().sum().clamp_min(1e-30)), v

@@ -1,0 +1,117 @@
+"""How much the model's own loss feels an error in each modality's tokens, layer by layer (MBQ).
+
+One backward pass per sample over the float model; only the activations' gradients are taken.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from masquant_cli.data.inputs import encode_scored, model_inputs
+from masquant_cli.errors import RecipeError
+from masquant_cli.models.modality import modality_ids, token_ids_of
+from masquant_cli.stages.job import Job
+from masquant_cli.stages.samples import choose_samples
+
+# The output that stands for a site: of the attention block, and of the MLP.
+STANDS_FOR = {"attn_in": "attn_out", "mlp_in": "mlp_out"}
+
+
+class Sensitivity:
+    """Mean |d loss / d output| of each modality relative to text's, at least the layers' median.
+
+    The loss is the model's own, next-token cross entropy over a sample's answer (or over its text
+    if it has none); text counts at those tokens. A modality that no sample holds gets 1.
+    """
+
+    def __init__(self, job: Job):
+        self.job = job
+
+    def of(self, layer: int) -> dict[str, Tensor]:
+        """By site kind, f32 [M]; the base is 1."""
+        least = {kind: torch.stack(felt).median(0).values for kind, felt in self._ratios.items()}
+        found = {
+            kind: torch.maximum(felt[layer], least[kind]) for kind, felt in self._ratios.items()
+        }
+        return {kind: found[STANDS_FOR.get(kind, kind)] for kind in self._kinds}
+
+    @property
+    def _kinds(self) -> list[str]:
+        return [site.kind for site in self.job.layers[0].sites]
+
+    @cached_property
+    def _ratios(self) -> dict[str, list[Tensor]]:
+        job = self.job
+        names = job.recipe.modalities
+        samples = choose_samples(job.recipe, job.loaded, job.progress).samples
+        samples = samples[: job.recipe.smoothing.samples]
+        watched = [kind for kind in self._kinds if kind not in STANDS_FOR]
+        sums = {kind: torch.zeros(len(job.layers), len(names), 2) for kind in watched}
+        model, tokens = job.loaded.model, token_ids_of(job.loaded.model.config)
+        job.progress.stage("gradients", len(samples), "samples")
+        for sample in samples:
+            batch, scored = encode_scored(job.loaded.processor, [sample])
+            ids = modality_ids(batch["input_ids"], tokens, names)
+            ids[(ids == 0) & ~scored] = -1  # text counts where the loss is taken
+            ids[~batch["attention_mask"].bool()] = -1
+            with _gradients(job, sums, ids.to(model.device)):
+                _loss(model, batch, scored).backward()
+            job.progress.advance(1, tokens=batch["input_ids"].numel())
+        return {kind: [_relative(kind, one) for one in found] for kind, found in sums.items()}
+
+
+def _relative(kind: str, sums: Tensor) -> Tensor:
+    """[M, 2] of summed |gradients| and counts -> [M] means over the base's mean."""
+    mean = sums[:, 0] / sums[:, 1].clamp_min(1)
+    if not bool(torch.isfinite(mean).all()) or float(mean[0]) <= 0:
+        raise RecipeError(
+            f"the loss has no usable gradient at {kind}",
+            where="method mbq",
+            hint="give calibration samples an assistant's answer, and check the float model",
+        )
+    return torch.where(sums[:, 1] > 0, mean / mean[0], torch.ones_like(mean))
+
+
+def _loss(model: nn.Module, batch: dict[str, Tensor], scored: Tensor) -> Tensor:
+    inputs = model_inputs(model, batch)
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    at = scored[:, 1:].to(logits.device)
+    return nn.functional.cross_entropy(logits[at].float(), inputs["input_ids"][:, 1:][at])
+
+
+@contextmanager
+def _gradients(job: Job, sums: dict[str, Tensor], ids: Tensor) -> Iterator[None]:
+    """While open, backward passes add |gradient| means per token to `sums[kind][layer]`."""
+    model, handles = job.loaded.model, []
+
+    def start(_module, args, kwargs):  # the graph begins at the first decoder layer
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = hidden.detach().requires_grad_(True)
+        return (
+            ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        )
+
+    def watch(kind: str, layer: int):
+        def add(gradient: Tensor) -> None:
+            felt = gradient.float().abs().mean(-1)
+            for m in range(sums[kind].shape[1]):
+                here = felt[ids == m]
+                sums[kind][layer, m] += torch.tensor([float(here.sum()), here.numel()])
+
+        return lambda _module, _args, output: output.register_hook(add) and None
+
+    try:
+        first = model.get_submodule(job.layers[0].module)
+        handles.append(first.register_forward_pre_hook(start, with_kwargs=True))
+        for layer in job.layers:
+            for kind in sums:
+                module = model.get_submodule(layer[kind].linears[0])
+                handles.append(module.register_forward_hook(watch(kind, layer.layer)))
+        with torch.enable_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
