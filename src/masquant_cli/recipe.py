@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from masquant_cli import benchmarks
+
 Modality = Literal["text", "vision", "audio", "video"]
 SiteKind = Literal["attn_in", "attn_out", "mlp_in", "mlp_out"]
 Method = Literal[  # each is the file of that name in methods/; a line here registers it
@@ -20,6 +22,9 @@ Method = Literal[  # each is the file of that name in methods/; a line here regi
     "masquant-reference",
     "masquant-joint",
 ]
+
+# Each is scored in stages/scoring.py.
+Metric = Literal["accuracy", "wer", "cer", "vqa", "contains", "choice", "mmmu", "perplexity"]
 
 SITE_KINDS: tuple[SiteKind, ...] = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 
@@ -90,7 +95,7 @@ class Weights(Frozen):
     bits: Literal[4, 8] = 4
     group_size: Annotated[int, Field(ge=8)] | None = None  # None: one scale per output channel
     symmetric: bool = True
-    rounding: Literal["nearest", "gptq"] = "nearest"  # of the base weight, by any method
+    rounding: Literal["auto", "nearest", "gptq"] = "auto"  # of the base weight; auto: the method's
 
     @model_validator(mode="after")
     def _asymmetric_needs_int4(self):
@@ -149,19 +154,41 @@ class Export(Frozen):
 
 
 class Task(Frozen):
-    """One evaluation: rows, a prompt, the expected answer and a metric."""
+    """One evaluation: rows, a prompt, the expected answer and a metric.
+
+    With `benchmark` all of it comes from that name's line in benchmarks.py; what is given here
+    overrides it.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-    metric: Literal["accuracy", "wer", "perplexity"]
+    benchmark: str | None = None
+    dataset: str | None = None  # of a benchmark: shorthand for source.dataset, then None
+    split: str | None = None  # likewise
+    prompt: str | None = None  # likewise: the user's text
+    metric: Metric
     source: Source
     answer: str | None = None  # template of the reference; not used by perplexity
+    options: str | None = None  # metrics choice and mmmu: the column of the options
+    normaliser: Literal["plain", "whisper"] = "plain"  # metric wer: of both texts
+    window: Annotated[int, Field(ge=2)] | None = None  # perplexity: tokens of running text
     samples: Annotated[int, Field(ge=1)] | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] = 16
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_benchmark(cls, given):
+        return benchmarks.expand(given) if isinstance(given, dict) else given
+
     @model_validator(mode="after")
-    def _needs_answer(self):
+    def _fits_its_metric(self):
         if self.metric != "perplexity" and self.answer is None:
             raise ValueError(f"metric {self.metric} needs an `answer` template")
+        if self.metric in ("choice", "mmmu") and self.options is None:
+            raise ValueError(f"metric {self.metric} needs `options`, the column that holds them")
+        if self.window is not None and self.metric != "perplexity":
+            raise ValueError(f"`window` is for metric perplexity, not {self.metric}")
+        if self.normaliser != "plain" and self.metric != "wer":
+            raise ValueError(f"`normaliser` is for metric wer, not {self.metric}")
         return self
 
 

@@ -70,8 +70,8 @@ def find(name_or_path: str) -> Path:
         if candidate.is_file():
             return candidate
     known = shipped()
-    name = path.stem if path.suffix in SUFFIXES else path.name
-    if len(path.parts) == 1 and name in known:
+    name = (path.with_suffix("") if path.suffix in SUFFIXES else path).as_posix()
+    if name in known:
         return known[name]
     if path.is_dir():
         raise RecipeError("a recipe is a file, this is a folder", where=str(path))
@@ -79,16 +79,19 @@ def find(name_or_path: str) -> Path:
     raise RecipeError(
         "no such recipe: neither a file nor the name of a shipped recipe",
         where=name_or_path,
-        hint=f"did you mean {' or '.join(close)}?" if close else f"shipped: {', '.join(known)}",
+        hint=f"did you mean {' or '.join(close)}?"
+        if close
+        else f"shipped: {', '.join(n for n in known if '/' not in n)}; more: masquant recipes",
     )
 
 
 def shipped() -> dict[str, Path]:
-    """Name and file of every recipe that comes with masquant, sorted by name."""
+    """Name and file of every recipe that comes with masquant, sorted; folders are in the name."""
     packaged = Path(str(resources.files("masquant_cli"))) / "recipes"
     # In a checkout (editable install) the recipes are still at the top of the repository.
     folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "configs"
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    files = {f.relative_to(folder).with_suffix("").as_posix(): f for f in folder.rglob("*.yaml")}
+    return {name: files[name] for name in sorted(files, key=lambda n: (n.count("/"), n))}
 
 
 def _spellings(path: Path) -> list[Path]:

@@ -74,6 +74,12 @@ def heldout_error(problem: SiteProblem, scale: torch.Tensor) -> tuple[float, ...
     return tuple(modality_error(problem, m, base, s)[0] for m, s in enumerate(scale))
 
 
+def base_error(problem: SiteProblem, base: torch.Tensor, scale: torch.Tensor) -> float:
+    """Weighted sum of the modalities' held-out errors with `base [out, in]` as their weight."""
+    errors = (modality_error(problem, m, base, s)[0] for m, s in enumerate(scale))
+    return sum(w * e for w, e in zip(problem.loss_weights, errors, strict=True))
+
+
 def judged(problem: SiteProblem, scale: torch.Tensor, origin: str) -> Learned:
     """A method's answer with its held-out error; `scale [in]` is one for every modality."""
     scale = scale.expand_as(problem.absmax).contiguous()

@@ -1,5 +1,5 @@
 """MASQuant with the smoothing of all modalities, the base included, chosen for eq. 29 itself: the
-bits and the rank are in the loop (algo/joint.py). The default.
+bits and the rank are in the loop (algo/joint.py). The base is rounded by GPTQ. The default.
 
 Reads smoothing.beta, learn, the schedule and loss_weights.
 """
@@ -22,4 +22,4 @@ def solve(layer: Layer) -> dict[str, Learned]:
     return solved
 
 
-METHOD = Method(solve, corrects=SITE_KINDS)
+METHOD = Method(solve, corrects=SITE_KINDS, rounding="gptq")

@@ -45,11 +45,13 @@ class Layer:
 @dataclass(frozen=True)
 class Method:
     """`solve` chooses the scales of a layer's sites. `corrects` are the site kinds that get a
-    low-rank correction where the recipe wants one, of at least `least_rank` columns."""
+    low-rank correction where the recipe wants one, of at least `least_rank` columns. `rounding` is
+    how the base weight is rounded where the recipe leaves it to the method: nearest | gptq."""
 
     solve: Callable[[Layer], dict[str, Learned]]
     corrects: tuple[SiteKind, ...] = ()
     least_rank: int = 0
+    rounding: str = "nearest"
 
 
 def each_site(

@@ -1,49 +1,55 @@
 """The base weight Q(W s_0) of a site, rounded as the recipe says."""
 
 import torch
-from masquant_kernels.quantizers import QWeight, quantize_weight
+from masquant_kernels.quantizers import QWeight, dequantize_weight, quantize_weight
 from torch import Tensor
 
+from masquant_cli.algo.gptq import gptq_round
 from masquant_cli.algo.low_rank import output_energy, smoothed_gram
+from masquant_cli.algo.site import SiteProblem, base_error
 from masquant_cli.models.sites import Site
+from masquant_cli.recipe import Weights
 from masquant_cli.stages.job import Job
 
 
 def base_weight(
-    job: Job, site: Site, weight: Tensor, scale: Tensor, statistics: dict[str, Tensor]
-) -> QWeight:
-    """Integers and scales of W s_0, from weight [out, in] and scale [M, in]."""
-    options = job.recipe.weights
-    form = options.bits, options.group_size, options.symmetric
-    if options.rounding == "nearest":
-        return quantize_weight(weight * scale[0], *form)
-    from masquant_cli.algo.gptq import gptq_round
+    job: Job, site: Site, problem: SiteProblem, scale: Tensor, statistics: dict[str, Tensor]
+) -> tuple[QWeight, str]:
+    """Integers and scales of W s_0 for scale [M, in], and how they were rounded.
 
-    return gptq_round(weight * scale[0], pooled_gram(job, site, weight, scale, statistics), *form)
+    GPTQ yields to rounding to nearest where that does better on held-out rows, as it can where
+    fewer rows than channels are known.
+    """
+    smoothed, form = problem.weight * scale[0], _form(job.recipe.weights)
+    nearest = quantize_weight(smoothed, *form)
+    if job.rounding == "nearest":
+        return nearest, "nearest"
+    rounded = gptq_round(smoothed, pooled_gram(job, site, problem, scale, statistics), *form)
+    errors = [base_error(problem, dequantize_weight(q), scale) for q in (rounded, nearest)]
+    return (rounded, "gptq") if errors[0] <= errors[1] else (nearest, "nearest")
+
+
+def _form(options: Weights) -> tuple[int, int | None, bool]:
+    return options.bits, options.group_size, options.symmetric
 
 
 def pooled_gram(
-    job: Job, site: Site, weight: Tensor, scale: Tensor, statistics: dict[str, Tensor]
+    job: Job, site: Site, problem: SiteProblem, scale: Tensor, statistics: dict[str, Tensor]
 ) -> Tensor:
-    """Gram [in, in] of the smoothed inputs of the modalities that lean on the base weight alone.
+    """Gram [in, in] of the smoothed inputs of all modalities, each relative to its own output.
 
-    Each modality counts by its share of its own output energy. Where a correction follows, text
-    alone decides: what rounding costs the others is in the residual that the correction sees.
+    A modality's share of the error that GPTQ minimises is then its noise over its signal, times
+    the recipe's weight for it: no modality decides the rounding because it is loud or long.
     """
-    leaning = job.recipe.modalities[:1] if job.rank(site) else job.recipe.modalities
-    total = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
-    for m, name in enumerate(leaning):
-        gram = site_gram(site, name, statistics).to(weight.device)
-        energy = output_energy(weight, gram)
+    total = torch.zeros(problem.weight.shape[1], problem.weight.shape[1], device=scale.device)
+    for m, name in enumerate(job.recipe.modalities):
+        key = f"{site.kind}.{name}.gram"
+        gram = statistics[key].to(scale.device) if key in statistics else _gram(problem.rows[m])
+        energy = output_energy(problem.weight, gram)
         if energy > 0:
-            total += smoothed_gram(gram / energy, scale[m])
+            total += smoothed_gram(gram * (problem.loss_weights[m] / energy), scale[m])
     return total
 
 
-def site_gram(site: Site, modality: str, statistics: dict[str, Tensor]) -> Tensor:
-    """The modality's Gram [in, in]: of all tokens, or of the kept rows where none was collected."""
-    key = f"{site.kind}.{modality}"
-    if f"{key}.gram" in statistics:
-        return statistics[f"{key}.gram"]
-    rows = statistics[f"{key}.rows"]
+def _gram(rows: Tensor) -> Tensor:
     return rows.T @ rows

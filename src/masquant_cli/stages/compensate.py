@@ -22,6 +22,7 @@ from masquant_cli.errors import RecipeError
 from masquant_cli.models.sites import Site
 from masquant_cli.stages.base import base_weight
 from masquant_cli.stages.job import Job
+from masquant_cli.stages.smooth import site_problem
 
 
 def compensate(job: Job, folder: Path, fingerprint: str) -> dict:
@@ -29,8 +30,9 @@ def compensate(job: Job, folder: Path, fingerprint: str) -> dict:
 
     `{site}.{modality}.lr_a` [in, r] and `.lr_b` [r, sum of outs] f16, `.singular_values` f32; and
     with GPTQ rounding, per site, the base weight's integers `{site}.weight` [sum of outs, in] i8.
-    The notes hold the effective rank before and after whitening, the share of the residual's
-    energy that is left, and the SQNR this predicts for exact activations.
+    The notes hold how a base weight was rounded and, per correction, the effective rank before
+    and after whitening, the share of the residual's energy that is left, and the SQNR that this
+    predicts for exact activations.
     """
     job.progress.stage("compensate", len(job.layers), "layers")
     left: list[float] = []
@@ -45,7 +47,7 @@ def compensate(job: Job, folder: Path, fingerprint: str) -> dict:
                 _site(job, site, statistics, scales[f"{site.kind}.scale"], tensors, notes)
             shards.save(path, tensors, fingerprint=fingerprint, notes=notes)
         notes = shards.read_header(path)["notes"]
-        left += [note["residual_energy_left"] for note in notes.values()]
+        left += [n["residual_energy_left"] for n in notes.values() if "rank" in n]
         job.progress.advance(1)
     return {"mean_residual_energy_left": round(sum(left) / len(left), 4) if left else None}
 
@@ -59,22 +61,24 @@ def _site(
     notes: dict[str, dict],
 ) -> None:
     recipe, device = job.recipe, job.loaded.model.device
-    weight, scale = job.weight(site), scale.to(device)
-    options = recipe.weights
-    form = options.bits, options.group_size, options.symmetric
-    if not job.rank(site) and options.rounding == "nearest":
+    nearest = job.rounding == "nearest"
+    if nearest and not job.rank(site):
         return
-    rounded = base_weight(job, site, weight, scale, statistics)
-    if options.rounding != "nearest":
+    problem, scale = site_problem(job, site, statistics), scale.to(device)
+    rounded, how = base_weight(job, site, problem, scale, statistics)
+    if not nearest:
         tensors[f"{site.kind}.weight"] = rounded.q
+        notes[site.kind] = {"rounding": how}
     if not job.rank(site):
         return
-    base = dequantize_weight(rounded)
+    weight, base, options = problem.weight, dequantize_weight(rounded), recipe.weights
     for m, name in enumerate(recipe.modalities[1:], start=1):
         key = f"{site.kind}.{name}"
         reached = weight * scale[m]
         if recipe.compensation.target == "quantized":
-            reached = fake_quant_weight(reached, *form)
+            reached = fake_quant_weight(
+                reached, options.bits, options.group_size, options.symmetric
+            )
         delta = reached - base
         if f"{key}.gram" in statistics:
             # Divided by the token count, so that numbers do not grow with the data.

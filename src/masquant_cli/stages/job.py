@@ -82,6 +82,12 @@ class Job:
         rank = rank_for(compensation.rank, site.in_features, sum(site.out_features))
         return min(side, max(rank, method.least_rank))
 
+    @property
+    def rounding(self) -> str:
+        """How base weights are rounded: nearest | gptq."""
+        wanted = self.recipe.weights.rounding
+        return find(self.recipe.method).rounding if wanted == "auto" else wanted
+
     def weight(self, site: Site) -> torch.Tensor:
         """The site's linears stacked along their outputs: fp32 [sum of outs, in]."""
         modules = (self.loaded.model.get_submodule(name) for name in site.linears)
