@@ -37,7 +37,7 @@ def refusal(name, *overrides) -> RecipeError:
     return caught.value
 
 
-@pytest.mark.parametrize("name", recipe_yaml.shipped())
+@pytest.mark.parametrize("name", [n for n in recipe_yaml.shipped() if "/" not in n])
 def test_every_shipped_recipe_loads_and_is_what_its_name_says(name):
     recipe = recipe_yaml.load(name)
     family, cell = name.rsplit("-", 1)
