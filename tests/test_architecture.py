@@ -11,10 +11,11 @@ ROOT = Path(__file__).parents[1]
 SRC, KERNELS = ROOT / "src", ROOT / "kernels"
 # package or module of masquant_cli -> the ones it may import (besides itself)
 MAY_IMPORT = {
+    "benchmarks": set(),
     "errors": set(),
     "machine": set(),
     "progress": set(),
-    "recipe": set(),
+    "recipe": {"benchmarks"},
     "yaml_marks": {"errors"},
     "recipe_yaml": {"errors", "recipe", "yaml_marks"},
     "rundir": {"errors"},
@@ -30,11 +31,10 @@ MAY_IMPORT = {
     },
     "bench": {"errors", "progress", "algo", "models", "runtime", "masquant_kernels"},
     "pipeline": {"errors", "machine", "progress", "recipe", "rundir", "shards", "stages"},
-    "demo": {
-        *("errors", "progress", "recipe", "recipe_yaml"),
-        *("pipeline", "stages", "models", "runtime"),
-    },
-    "cli": {"errors", "recipe_yaml", "pipeline", "demo", "masquant_kernels", "bench"},
+    "compare": {"errors", "progress", "recipe", "recipe_yaml", "rundir"}
+    | {"pipeline", "stages", "models"},
+    "demo": {"errors", "progress", "recipe", "recipe_yaml", "compare"},
+    "cli": {"errors", "recipe_yaml", "pipeline", "compare", "demo", "masquant_kernels", "bench"},
     "__main__": {"cli"},
     "__init__": {"models", "runtime"},
 }

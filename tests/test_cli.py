@@ -187,12 +187,15 @@ def test_bench_table_and_json(pipeline, capsys):
 
 
 def test_demo_table(monkeypatch, capsys):
+    def task(value):
+        return {"metric": "accuracy", "value": value, "ci": [value - 1, value + 1], "n": 5}
+
     def demo(run_root, *, progress, samples):
         assert (run_root, samples) == (Path("runs/demo"), 5)
         return {
             "rows": [
-                {"method": "float", "tasks": {"sum": 95.0, "transcription": 2.0}},
-                {"method": "masquant", "bits": "W4A8", "tasks": {"sum": 94.0},
+                {"method": "float", "tasks": {"sum": task(95.0), "transcription": task(2.0)}},
+                {"method": "masquant", "bits": "W4A8", "tasks": {"sum": task(94.0)},
                  "sqnr_db": {"vision": 21.26}, "bytes": 1_500_000},
             ],
             "metrics": {"transcription": "wer"}, "export_dir": "runs/demo/x", "load": "import x",

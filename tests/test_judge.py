@@ -131,7 +131,7 @@ def test_an_export_generates_elsewhere_after_a_plain_import(finished, tmp_path):
             assert not torch.allclose(model(**inputs).logits, right, atol=1e-2)
 
 
-def test_the_demo_compares_four_ways_on_one_calibration(monkeypatch, tmp_path):
+def test_the_demo_compares_its_methods_on_one_calibration(monkeypatch, tmp_path):
     honest = recipe_yaml.load
     quick = (*SMALL, "evaluation.fidelity_samples=4")
 
@@ -145,11 +145,11 @@ def test_the_demo_compares_four_ways_on_one_calibration(monkeypatch, tmp_path):
         demo, "_verified_if_ours", lambda r: r.model_copy(update={"export": unverified})
     )
     found = demo.demo(tmp_path, samples=2)
-    methods = ("rtn", "smoothquant", "masquant")
+    methods = ("rtn", "smoothquant", "masquant", "masquant-joint")
     expected = [("float", ""), *((m, b) for b in ("W4A8", "W4A6") for m in methods)]
     assert [(row["method"], row["bits"]) for row in found["rows"]] == expected
     assert all(set(row["tasks"]) == set(found["metrics"]) for row in found["rows"])
-    assert found["rows"][0]["sqnr_db"] == {} and found["rows"][0]["bytes"] is None
+    assert found["rows"][0]["sqnr_db"] is None
     by = {(row["method"], row["bits"]): row for row in found["rows"]}
     for bits in ("W4A8", "W4A6"):
         assert by["rtn", bits]["bytes"] == by["smoothquant", bits]["bytes"]
@@ -157,5 +157,5 @@ def test_the_demo_compares_four_ways_on_one_calibration(monkeypatch, tmp_path):
     for method, m in itertools.product(methods, MODALITIES):
         assert by[method, "W4A8"]["sqnr_db"][m] > by[method, "W4A6"]["sqnr_db"][m]
     states = [run["stages"]["calibrate"]["state"] for run in found["runs"].values()]
-    assert states == ["done"] + 5 * ["cached"]
-    assert found["export_dir"] == str(tmp_path / "tiny-omni-w4a8-masquant/export/model")
+    assert states == ["done"] + 7 * ["cached"]
+    assert found["export_dir"] == str(tmp_path / "tiny-omni-w4a8-masquant-joint/export/model")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from masquant_cli import __version__
-from masquant_cli.cli import bench
+from masquant_cli.cli import bench, compare
 from masquant_cli.cli.common import (
     Against,
     Config,
@@ -23,10 +23,11 @@ from masquant_cli.cli.common import (
     RunDir,
     Set,
     do,
+    narrowed,
     read_recipe,
     show_plan,
 )
-from masquant_cli.errors import MasquantError, RecipeError
+from masquant_cli.errors import MasquantError
 
 app = typer.Typer(
     name="masquant",
@@ -113,7 +114,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Score the tasks, and the distance from float by modality."""
     recipe, where = read_recipe(config, run_dir, set_)
-    recipe = _narrowed(recipe, task or (), samples)
+    recipe = narrowed(recipe, task or (), samples)
     if dry_run:
         tasks = [t.name for t in recipe.evaluation.tasks]
         return show_plan(recipe, where, (), "export", json, tasks)
@@ -126,6 +127,9 @@ def evaluate(
     do(work, "evaluation", json, quiet)
 
 
+app.command("compare")(compare.compare)
+
+
 @app.command()
 def demo(
     run_dir: Annotated[
@@ -136,7 +140,7 @@ def demo(
     ] = 200,
     json: Json = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Quantize the embedded model four ways; one table."""
+    """Quantize the embedded model several ways; one table."""
 
     def work(progress) -> dict[str, Any]:
         from masquant_cli.demo import demo
@@ -178,22 +182,6 @@ def doctor(json: Json = False) -> None:
     render.output(report, json, render.doctor)
     if report["problems"]:
         raise typer.Exit(3)
-
-
-def _narrowed(recipe, tasks, samples: int | None):
-    """The recipe with only the named tasks, and no more than `samples` rows for each."""
-    known = {task.name: task for task in recipe.evaluation.tasks}
-    for name in tasks:
-        if name not in known:
-            hint = f"it has: {', '.join(known)}" if known else "it has no tasks"
-            raise RecipeError(f"the recipe has no task {name!r}", where=f"--task {name}", hint=hint)
-    kept = [task for task in recipe.evaluation.tasks if not tasks or task.name in tasks]
-    change: dict[str, Any] = {}
-    if samples:
-        kept = [t.model_copy(update={"samples": min(samples, t.samples or samples)}) for t in kept]
-        change["fidelity_samples"] = min(samples, recipe.evaluation.fidelity_samples)
-    evaluation = recipe.evaluation.model_copy(update={**change, "tasks": tuple(kept)})
-    return recipe.model_copy(update={"evaluation": evaluation})
 
 
 def _stages(until, config, run_dir, overrides, reuse, json, dry_run, quiet) -> None:

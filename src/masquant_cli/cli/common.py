@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from masquant_cli.errors import RecipeError
+
 Config = Annotated[
     str,
     typer.Option("--config", "-c", metavar="RECIPE", help="A recipe file or a shipped recipe."),
@@ -69,3 +71,19 @@ def do(work: Callable[[Any], dict[str, Any]], shape: str, json: bool, quiet: boo
         document = work(progress)
     render.output(document, json, render.TABLES[shape])
     return document
+
+
+def narrowed(recipe, tasks, samples: int | None):
+    """The recipe with only the named tasks, and no more than `samples` rows for each."""
+    known = {task.name: task for task in recipe.evaluation.tasks}
+    for name in tasks:
+        if name not in known:
+            hint = f"it has: {', '.join(known)}" if known else "it has no tasks"
+            raise RecipeError(f"the recipe has no task {name!r}", where=f"--task {name}", hint=hint)
+    kept = [task for task in recipe.evaluation.tasks if not tasks or task.name in tasks]
+    change: dict[str, Any] = {}
+    if samples:
+        kept = [t.model_copy(update={"samples": min(samples, t.samples or samples)}) for t in kept]
+        change["fidelity_samples"] = min(samples, recipe.evaluation.fidelity_samples)
+    evaluation = recipe.evaluation.model_copy(update={**change, "tasks": tuple(kept)})
+    return recipe.model_copy(update={"evaluation": evaluation})

@@ -133,26 +133,53 @@ def benchmark(document: dict[str, Any]) -> None:
 
 
 def comparison(document: dict[str, Any]) -> None:
-    metrics = document.get("metrics", {})
-    tasks = list(dict.fromkeys(t for row in document["rows"] for t in row.get("tasks", {})))
-    modalities = list(dict.fromkeys(m for row in document["rows"] for m in row.get("sqnr_db", {})))
+    """Scores with their intervals, then, row by row again, distance from float and costs."""
+    rows, metrics = document["rows"], document.get("metrics", {})
+    tasks = list(dict.fromkeys(t for row in rows for t in row.get("tasks", {})))
+    modalities = list(dict.fromkeys(m for row in rows for m in row.get("sqnr_db") or {}))
     heads = [f"{t} WER" if metrics.get(t) == "wer" else t for t in tasks]
+    named = {(row["method"], row.get("bits", "")) for row in rows}
+    who = [
+        (row["method"], row.get("bits", "")) if len(named) == len(rows) else (row["name"],)
+        for row in rows
+    ]
+    columns = ("method", "bits") if len(named) == len(rows) else ("run",)
+    scores = [[_scored(row.get("tasks", {}).get(t)) for t in tasks] for row in rows]
+    draw_table((*columns, *heads), [(*w, *s) for w, s in zip(who, scores, strict=True)])
+    print()
     cells = [
         (
-            row["method"],
-            row.get("bits", ""),
-            *(score(metrics.get(t, "accuracy"), row.get("tasks", {}).get(t)) for t in tasks),
-            *(number(row.get("sqnr_db", {}).get(m), ".1f") for m in modalities),
-            *([size(row["bytes"])] if row.get("bytes") else []),
+            *w,
+            *(number((row.get("sqnr_db") or {}).get(m), ".1f") for m in modalities),
+            " / ".join(number((row.get("kl") or {}).get(m), ".3f") for m in modalities).strip(" /"),
+            " / ".join(
+                number((row.get("flip_rate") or {}).get(m), ".1%") for m in modalities
+            ).strip(" /"),
+            number(row.get("bits_per_weight"), ".2f"),
+            size(row["bytes"]) if row.get("bytes") else "",
+            clock_face(row["seconds"]) if row.get("seconds") is not None else "",
+            size(row["peak_bytes"]) if row.get("peak_bytes") else "",
         )
-        for row in document["rows"]
+        for w, row in zip(who, rows, strict=True)
     ]
-    last = ["linears"] if any(row.get("bytes") for row in document["rows"]) else []
-    columns = ("method", "bits", *heads, *(f"{m} dB" for m in modalities), *last)
-    draw_table(columns, cells, right=tuple(range(2, len(columns))))
+    columns = (
+        *columns, *(f"{m} dB" for m in modalities), "KL nats", "flips", "bits/weight", "linears",
+        "time", "peak memory",
+    )  # fmt: skip
+    draw_table(columns, cells, right=tuple(range(len(who[0]), len(columns))))
+    for folder, seconds in (document.get("calibrations") or {}).items():
+        print(f"calibrated once: {clock_face(seconds)} ({folder})")
     for key, title in (("export_dir", "checkpoint"), ("load", "load it with")):
         if document.get(key):
             print(f"{title}: {document[key]}")
+
+
+def _scored(task: Mapping[str, Any] | None) -> str:
+    """A task's value and 95 % interval in one cell."""
+    if not task:
+        return ""
+    low_high = interval(task).replace("%", "").replace(" - ", "-")
+    return f"{score(task['metric'], task['value'])} ({low_high})"
 
 
 def doctor(document: dict[str, Any]) -> None:

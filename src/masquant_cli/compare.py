@@ -1,0 +1,327 @@
+"""Several recipes and finished runs on the same samples: one table. Start at `compare`.
+
+Recipes are run, with one calibration for all that may share it; run directories are taken as they
+are. Float model and inputs are loaded once, and only if a row is not already in its run's
+eval/result.json.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from masquant_cli import pipeline, recipe_yaml
+from masquant_cli.errors import RecipeError
+from masquant_cli.progress import NullProgress, Progress
+from masquant_cli.recipe import Evaluation, Recipe
+from masquant_cli.rundir import STAGES, Manifest, RunDir, fingerprint, read_manifest, versions
+from masquant_cli.rundir import write_json as write
+
+FIDELITY = ("sqnr_db", "sqnr_end_db", "kl", "flip_rate", "sqnr_db_by_linear")
+FLOAT_BITS = 16  # what a float weight counts, whatever the dtype it is loaded in
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row: a recipe to run in `run_dir`, or (`finished`) a run to be used as it is."""
+
+    name: str
+    recipe: Recipe
+    run_dir: Path
+    finished: bool = False
+
+
+def entries(
+    arguments: Sequence[str],
+    *,
+    run_root: Path,
+    methods: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> list[Entry]:
+    """What the command line names: RECIPE, RECIPE@key=value,key=value or a run directory.
+
+    Every recipe is repeated for each of `methods`; `overrides` apply to all recipes. Raises
+    RecipeError for what is neither, and for rows that would share a run directory.
+    """
+    found: list[Entry] = []
+    for argument in arguments:
+        name, at, changes = argument.partition("@")
+        if _is_run(name):
+            if at:
+                raise RecipeError(
+                    "a finished run cannot be changed", where=argument,
+                    hint="name its recipe instead: RECIPE@key=value",
+                )  # fmt: skip
+            path = Path(name)
+            found.append(Entry(path.resolve().name, pipeline.recipe_of(path), path, True))
+            continue
+        changed = _split(changes)
+        if at and not changed:
+            raise RecipeError("nothing follows the @", where=argument, hint="RECIPE@key=value,...")
+        for method in methods or (None,):
+            own = [*changed, *([f"method={method}"] if method else [])]
+            recipe = recipe_yaml.load(name, [*overrides, *own])
+            label = "-".join([recipe.name, *map(_slug, own)])
+            found.append(Entry(label, recipe, Path(run_root) / label))
+    if methods and all(entry.finished for entry in found):
+        raise RecipeError(
+            "only recipes can be run with other methods", where="--methods",
+            hint="name a recipe; finished runs are taken as they are",
+        )  # fmt: skip
+    for index, entry in enumerate(found):
+        if entry.run_dir.resolve() in {other.run_dir.resolve() for other in found[:index]}:
+            raise RecipeError(
+                f"two rows are the run {entry.run_dir}", where=entry.name, hint="name each once"
+            )
+    return found
+
+
+def compare(
+    chosen: Sequence[Entry],
+    *,
+    evaluation: Evaluation | None = None,
+    with_float: bool = False,
+    run_root: Path = Path("runs"),
+    progress: Progress | None = None,
+) -> dict:
+    """Run what has to be run, evaluate every row. {"metrics", "modalities", "rows", "runs",
+    "calibrations"}, json-able.
+
+    `evaluation` (default: the first row's) is used for all, with the first row's seed. A row's
+    seconds are its own stages'; a calibration, which rows share, is in "calibrations" once, by
+    folder. `bytes` are the quantized linears', low rank included; a float weight counts 16 bits.
+    Raises RecipeError for rows that cannot be compared, ArtifactError for a stale run.
+    """
+    progress = progress or NullProgress()
+    judge = _Judge(chosen[0].recipe, evaluation or chosen[0].recipe.evaluation, progress)
+    judge.refuse_others(chosen)
+    rows, runs, calibrations = [], {}, {}
+    for entry in _ready(chosen, progress, runs):
+        export = RunDir(entry.run_dir).stage("export")
+        manifest = read_manifest(export)
+        found = judge.row(entry.run_dir, export / "model", manifest)
+        costs = _costs(entry, runs.get(entry.name), calibrations)
+        rows.append(_row(entry, found, manifest.summary["bytes"], costs))
+    if with_float:
+        found = judge.row(Path(run_root) / "float", None, None)
+        rows.insert(0, _float_row(chosen[0].recipe, found, rows[0]["float_bytes"]))
+    for row in rows:
+        row.pop("float_bytes", None)
+    return {
+        "metrics": {n: task["metric"] for n, task in rows[0]["tasks"].items()},
+        "modalities": list(judge.recipe.modalities),
+        "rows": rows,
+        "runs": runs,
+        "calibrations": calibrations,
+    }
+
+
+def _ready(chosen: Sequence[Entry], progress: Progress, runs: dict) -> Iterable[Entry]:
+    """Each entry when its export is there; `runs` gets what `pipeline.run` returns."""
+    calibrated: dict[str, Path] = {}  # by fingerprint
+    wanted = []
+    for entry in chosen:
+        if entry.finished:  # before minutes are spent on the others
+            pipeline.exported(entry.recipe, entry.run_dir)
+        step = pipeline.plan(entry.recipe, entry.run_dir)[0]
+        wanted.append(step.fingerprint)
+        if step.state == "cached":
+            calibrated.setdefault(step.fingerprint, entry.run_dir)
+    for entry, calibration in zip(chosen, wanted, strict=True):
+        if not entry.finished:
+            progress.note(f"compare: {entry.name}")
+            shared = calibrated.setdefault(calibration, entry.run_dir)
+            reuse = [] if shared == entry.run_dir else [shared]
+            runs[entry.name] = pipeline.run(
+                entry.recipe, entry.run_dir, reuse=reuse, progress=progress
+            )
+        yield entry
+
+
+@dataclass
+class _Judge:
+    """The float model and the prepared inputs that all rows share; made when first needed."""
+
+    recipe: Recipe
+    evaluation: Evaluation
+    progress: Progress
+
+    def refuse_others(self, chosen: Sequence[Entry]) -> None:
+        """RecipeError unless all rows quantize one model for one set of modalities."""
+        if not self.evaluation.tasks:
+            raise RecipeError(
+                "there are no evaluation tasks to compare by", where="evaluation.tasks",
+                hint="add tasks; `masquant recipes tiny-omni-w4a8` prints an example",
+            )  # fmt: skip
+        for entry in chosen:
+            other = entry.recipe
+            if set(other.modalities) != set(self.recipe.modalities):
+                raise RecipeError(
+                    f"it has the modalities {', '.join(other.modalities)}, {chosen[0].name} has "
+                    f"{', '.join(self.recipe.modalities)}",
+                    where=entry.name, hint="compare runs of the same modalities",
+                )  # fmt: skip
+            same = other.model == self.recipe.model or self._model(other) == self._model()
+            if not same or other.device != self.recipe.device:
+                raise RecipeError(
+                    f"its model is {other.model.path}, that of {chosen[0].name} is "
+                    f"{self.recipe.model.path}",
+                    where=entry.name, hint="compare runs of one model on one device",
+                )  # fmt: skip
+            if other.evaluation != chosen[0].recipe.evaluation or other.seed != self.recipe.seed:
+                self.progress.warn(
+                    f"{entry.name} is evaluated as {chosen[0].name} is, not by its own recipe"
+                )
+
+    def row(self, run_dir: Path, folder: Path | None, manifest: Manifest | None) -> dict:
+        """The evaluation of an exported folder, or of the float model; cached in `run_dir`."""
+        path = Path(run_dir) / "eval" / "result.json"
+        # The model as the export stage left it; plan() has compared its files with their hashes.
+        model = fingerprint(manifest.outputs) if manifest else fingerprint(self._model())
+        wanted = fingerprint([model, self._settings])
+        if (old := _read(path)) and old.get("compare_fingerprint") == wanted:
+            return old
+        original = self._original
+        if folder is None:
+            found = self._score(original.model, None)
+        else:
+            from masquant_cli.stages.judge import load_beside
+
+            found = self._score(load_beside(original.model, folder, self.progress), original.model)
+        said = {"model": str(folder or self.recipe.model.path), "recipe": self.recipe.name}
+        known = {"model_fingerprint": model, "compare_fingerprint": wanted}
+        write(path, {**said, **found, **known})
+        return found
+
+    def _score(self, model, float_model) -> dict:
+        from masquant_cli.stages.evaluate import evaluate
+
+        return evaluate(
+            model,
+            self._original.processor,
+            self.evaluation,
+            modalities=self.recipe.modalities,
+            seed=self.recipe.seed,
+            float_model=float_model,
+            prepared=self._prepared,
+            progress=self.progress,
+        )
+
+    def _model(self, recipe: Recipe | None = None) -> list:
+        from masquant_cli.stages import model_fingerprint
+
+        spec = (recipe or self.recipe).model
+        return [model_fingerprint(spec), spec.dtype]
+
+    @cached_property
+    def _settings(self) -> list:
+        """All but the model that an evaluation's numbers depend on."""
+        from masquant_cli.stages import data_fingerprint
+
+        tasks = self.evaluation.tasks
+        whole = self.recipe.calibration.model_copy(
+            update={"sources": tuple(task.source for task in tasks)}
+        )
+        return [
+            versions()["masquant"], self._model(), self.evaluation.model_dump(mode="json"),
+            data_fingerprint(whole), self.recipe.modalities, self.recipe.seed, self.recipe.device,
+        ]  # fmt: skip
+
+    @cached_property
+    def _original(self):
+        from masquant_cli.models.loading import load_float
+
+        self.progress.note(f"loading {self.recipe.model.path}")
+        return load_float(self.recipe.model, self.recipe.device)
+
+    @cached_property
+    def _prepared(self) -> list:
+        from masquant_cli.stages.prepare import prepare_all
+
+        return prepare_all(
+            self.evaluation,
+            self._original.processor,
+            modalities=self.recipe.modalities,
+            seed=self.recipe.seed,
+            progress=self.progress,
+        )
+
+
+def _costs(entry: Entry, done: dict | None, calibrations: dict) -> dict:
+    """{"seconds", "peak_bytes"} of a run's stages; its calibration goes into `calibrations`."""
+    folders = {stage: RunDir(entry.run_dir).stage(stage) for stage in STAGES}
+    if done:
+        folders = {stage: Path(found["folder"]) for stage, found in done["stages"].items()}
+    manifests = {stage: read_manifest(folder) for stage, folder in folders.items()}
+    there = {stage: m for stage, m in manifests.items() if m is not None}
+    if "calibrate" in there:
+        calibrations[str(folders["calibrate"])] = there["calibrate"].seconds
+    return {
+        "seconds": sum(m.seconds for stage, m in there.items() if stage != "calibrate"),
+        "peak_bytes": max(m.peak_bytes for m in there.values()),
+    }
+
+
+def _row(entry: Entry, found: dict, sizes: dict, costs: dict) -> dict:
+    recipe = entry.recipe
+    return {
+        "name": entry.name,
+        "method": recipe.method,
+        "bits": f"W{recipe.weights.bits}A{recipe.activations.bits}",
+        "recipe": recipe.name,
+        "run_dir": str(entry.run_dir),
+        **_judged(found),
+        "bits_per_weight": FLOAT_BITS * sizes["quantized"] / sizes["float"],
+        "bytes": sizes["quantized"],
+        "float_bytes": sizes["float"],
+        **costs,
+    }
+
+
+def _float_row(recipe: Recipe, found: dict, size: int) -> dict:
+    said = {"name": "float", "method": "float", "bits": "", "recipe": recipe.name, "run_dir": None}
+    took = {"bits_per_weight": FLOAT_BITS, "bytes": size, "seconds": None, "peak_bytes": None}
+    return {**said, **_judged(found), **took}
+
+
+def _judged(found: dict) -> dict:
+    keys = ("value", "ci", "n", "metric")
+    tasks = {name: {k: task[k] for k in keys} for name, task in found["tasks"].items()}
+    return {"tasks": tasks, **{key: found.get(key) for key in FIDELITY}}
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # none yet, or not ours: it is made again
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_run(name: str) -> bool:
+    """A folder is a run, unless it only shares its name with a shipped recipe."""
+    path = Path(name)
+    if (path / pipeline.RECIPE).is_file():
+        return True
+    return path.is_dir() and name not in recipe_yaml.shipped()
+
+
+def _split(changes: str) -> list[str]:
+    """`a=1,b=[x,y]` -> ["a=1", "b=[x,y]"]: commas within brackets belong to a value."""
+    found, depth = [""], 0
+    for letter in changes:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [change.strip() for change in found if change.strip()]
+
+
+def _slug(change: str) -> str:
+    """An override as a piece of a folder's name: `method=rtn` -> rtn, `a.b=.1` -> a.b-.1."""
+    key, _, value = change.partition("=")
+    text = value if key == "method" else f"{key}-{value}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text.strip())
