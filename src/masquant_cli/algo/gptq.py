@@ -4,6 +4,8 @@ What a channel's rounding does to the output is made up for by the channels that
 come. Scales are those of rounding to nearest, so the stored format does not change.
 """
 
+import math
+
 import torch
 from masquant_kernels.quantizers import QWeight, dequantize_weight, quantize_weight
 
@@ -44,8 +46,9 @@ def gptq_round(
     # Row j of `ahead` says how much of each earlier error channel j answers to; unit diagonal.
     ahead = factor.div_(diagonal).T.contiguous()
     grid = _Grid(nearest, bits)
-    w = weight.double().T[order]  # [in, out]: a channel is contiguous
-    error_nearest = w - dequantize_weight(nearest).double().T[order]
+    # [in, out] in rounding order: a channel is contiguous.
+    w = weight.float().T.contiguous()[order].double()
+    error_nearest = w - dequantize_weight(nearest).T.contiguous()[order]
     error, q = torch.empty_like(w), torch.empty_like(nearest.q.T)
     gain = torch.zeros_like(w[0])  # ||error||^2 of nearest minus ours, per output row
     channels = order.tolist()
@@ -143,8 +146,8 @@ def _prepare(
         raise ValueError(
             f"the gram of {columns} inputs is [{columns}, {columns}], got {tuple(gram.shape)}"
         )
-    if not damp > 0:
-        raise ValueError(f"damp must be above 0, got {damp}")
+    if not 0 < damp < math.inf:
+        raise ValueError(f"damp must be above 0 and finite, got {damp}")
     hessian = gram.to(weight.device, torch.float64)
     if not torch.isfinite(hessian).all():
         raise ValueError("the gram has values that are not finite")
@@ -161,8 +164,8 @@ def _prepare(
 
 def _upper_factor(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
     """Upper triangular R with R R.T = hessian + added * I, and `added`; changes hessian."""
-    mean = float(hessian.diagonal().mean())
-    added, wanted = 0.0, damp * (mean if mean > 0 else 1.0)
+    # Without any energy every choice of damping is the same.
+    added, wanted = 0.0, damp * float(hessian.diagonal().mean()) or 1.0
     while True:
         hessian.diagonal().add_(wanted - added)
         # The lower factor of the matrix turned round is the upper one turned round.
