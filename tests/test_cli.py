@@ -50,7 +50,7 @@ def pipeline(monkeypatch, tmp_path):
             SimpleNamespace(stage="export", state="todo", why=""),
         ]
 
-    def evaluate(recipe, run_dir, *, model, against, progress):
+    def evaluate(recipe, run_dir, *, model, against, fresh, allow_overlap, progress):
         calls.append(("eval", recipe, run_dir, model, against))
         return {
             "tasks": {

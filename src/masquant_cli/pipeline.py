@@ -280,17 +280,28 @@ def evaluate(
     *,
     model: Path | None = None,
     against: Path | None = None,
+    fresh: bool = False,
+    allow_overlap: bool = False,
     progress: Progress | None = None,
 ) -> dict:
     """The recipe's tasks on the run's export, or on any exported or float folder `model`.
 
     A quantized model is also compared (SQNR, KL, flips) with the float model: the recipe's, or
-    the one in `against`.
+    the one in `against`. Answers are cached in RUN/eval, unless `fresh`; the result is also
+    written to RUN/eval/result.json. Raises CheckError when the run calibrated on rows of a task
+    and `allow_overlap` is not set.
     """
     from masquant_cli.stages.judge import evaluate_folder
 
-    folder = Path(model) if model else exported(recipe, run_dir)
-    return evaluate_folder(recipe, folder, against=against, progress=progress or NullProgress())
+    return evaluate_folder(
+        recipe,
+        Path(model) if model else exported(recipe, run_dir),
+        against=against,
+        progress=progress or NullProgress(),
+        run=RunDir(Path(run_dir)),
+        fresh=fresh,
+        allow_overlap=allow_overlap,
+    )
 
 
 def bench(

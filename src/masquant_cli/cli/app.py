@@ -107,9 +107,14 @@ def evaluate(
     config: Config, run_dir: RunDir = None, set_: Set = None,
     model: ModelDir = None, against: Against = None,
     task: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Only this task; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this task, or a benchmark; repeatable."),
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="At most this many per task.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget the answers kept so far.")] = False,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Score rows that were calibrated on, too.")
+    ] = False,
     json: Json = False, dry_run: DryRun = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Score the tasks, and the distance from float by modality."""
@@ -122,7 +127,10 @@ def evaluate(
     def work(progress) -> dict[str, Any]:
         from masquant_cli import pipeline
 
-        return pipeline.evaluate(recipe, where, model=model, against=against, progress=progress)
+        return pipeline.evaluate(
+            recipe, where, model=model, against=against,
+            fresh=fresh, allow_overlap=allow_overlap, progress=progress,
+        )  # fmt: skip
 
     do(work, "evaluation", json, quiet)
 

@@ -1,5 +1,6 @@
 """What the commands share: options, the recipe they name, and how work is shown."""
 
+import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -74,12 +75,29 @@ def do(work: Callable[[Any], dict[str, Any]], shape: str, json: bool, quiet: boo
 
 
 def narrowed(recipe, tasks, samples: int | None):
-    """The recipe with only the named tasks, and no more than `samples` rows for each."""
+    """The recipe with only the named tasks, and no more than `samples` rows for each.
+
+    A name that is not a task's but a benchmark's adds that task.
+    """
+    from masquant_cli import benchmarks
+    from masquant_cli.recipe import Task
+
     known = {task.name: task for task in recipe.evaluation.tasks}
     for name in tasks:
-        if name not in known:
-            hint = f"it has: {', '.join(known)}" if known else "it has no tasks"
-            raise RecipeError(f"the recipe has no task {name!r}", where=f"--task {name}", hint=hint)
+        if name not in known and name not in benchmarks.BENCHMARKS:
+            choices = sorted({*known, *benchmarks.BENCHMARKS})
+            close = difflib.get_close_matches(name, choices, n=1)
+            near = f"did you mean {close[0]!r}? " if close else ""
+            has = f"the recipe has {', '.join(known) or 'no tasks'}"
+            there = f"{near}{has}; benchmarks: {', '.join(sorted(benchmarks.BENCHMARKS))}"
+            raise RecipeError(
+                f"the recipe has no task {name!r}, and no benchmark is called so",
+                where=f"--task {name}", hint=there,
+            )  # fmt: skip
+        known.setdefault(name, None)
+    added = tuple(Task(benchmark=name) for name, task in known.items() if task is None)
+    change: dict[str, Any] = {"tasks": (*recipe.evaluation.tasks, *added)}
+    recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=change)})
     kept = [task for task in recipe.evaluation.tasks if not tasks or task.name in tasks]
     change: dict[str, Any] = {}
     if samples:

@@ -10,7 +10,7 @@ from typing import Any
 
 from masquant_cli.cli.console import clock_face
 
-PERCENT = ("accuracy", "wer")
+PERCENT = ("accuracy", "wer", "cer", "vqa", "contains", "choice", "mmmu")
 
 
 @contextlib.contextmanager

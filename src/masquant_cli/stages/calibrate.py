@@ -9,10 +9,12 @@ import torch
 
 from masquant_cli import shards
 from masquant_cli.algo.statistics import InputStatistics
+from masquant_cli.data.samples import content_hashes
 from masquant_cli.errors import RecipeError
 from masquant_cli.models.capture import Batch, first_layer_inputs, run_layer, watch_sites
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.sites import LayerSites, Site
+from masquant_cli.rundir import write_json
 from masquant_cli.stages.job import Job
 from masquant_cli.stages.probes import save_probes
 from masquant_cli.stages.samples import CalibrationSet, batches, choose_samples
@@ -22,13 +24,17 @@ def calibrate(job: Job, folder: Path, fingerprint: str) -> dict:
     """Write `layers/NNN.safetensors` with, per site kind and modality:
 
     `{site}.{modality}.absmax`, `.mean_abs` [in] f32, `.count` [1] i64, `.rows` [n, in] f32 and
-    `.gram` [in, in] f32 for the sites named in the recipe. Finished layers are kept.
+    `.gram` [in, in] f32 for the sites named in the recipe. Finished layers are kept. Also
+    `samples.json`: per chosen sample the hashes of its media or text, sorted.
     Raises RecipeError when a modality got no tokens or activations are not finite.
     """
     progress, layers = job.progress, job.layers
     chosen = choose_samples(job.recipe, job.loaded, progress)
     # Data on a hub may change between an interruption and its resumption.
     fingerprint = f"{fingerprint} {chosen.digest}"
+    # Evaluation refuses rows that were calibrated on.
+    shown = sorted(sorted(content_hashes(sample)) for sample in chosen.samples)
+    write_json(folder / "samples.json", {"samples": shown})
     done = [shards.is_done(shards.layer_file(folder, x.layer), fingerprint) for x in layers]
     save_probes(job, chosen, folder, fingerprint)
     todo = len(layers) - next((i for i, d in enumerate(reversed(done)) if not d), len(layers))

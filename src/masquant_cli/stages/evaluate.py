@@ -5,20 +5,19 @@ then pays for the media only once.
 """
 
 import contextlib
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from masquant_cli.algo import metrics
 from masquant_cli.data.inputs import model_inputs, tokenizer_of
-from masquant_cli.data.text import normalise
-from masquant_cli.errors import RecipeError
 from masquant_cli.progress import NullProgress, Progress
 from masquant_cli.recipe import Evaluation, Modality
+from masquant_cli.stages import leak, scoring
+from masquant_cli.stages.eval_cache import Cache, facts_of, open_cache
 from masquant_cli.stages.finite import finite_or_fail
-from masquant_cli.stages.prepare import Prepared, batches, prepare, prepare_all
+from masquant_cli.stages.prepare import Batch, Prepared, batches, prepare, prepare_all
 
 __all__ = ["Prepared", "evaluate", "prepare", "prepare_all", "score"]
 
@@ -34,23 +33,47 @@ def evaluate(
     progress: Progress | None = None,
     prepared: Sequence[Prepared] | None = None,
     predictions: bool = False,
+    cache: Path | None = None,
+    fresh: bool = False,
+    calibrated: Set[str] | None = None,
+    allow_overlap: bool = False,
 ) -> dict:
     """{"tasks": {name: {metric, value, n, ci: [lo, hi], ci_method}}} and, given `float_model`
     and `evaluation.fidelity_samples` > 0, "sqnr_db", "sqnr_end_db", "kl" and "flip_rate", each
     {modality: number or None} (see `fidelity`).
 
-    Accuracy and WER are percents. `prepared` reuses inputs made by `prepare`; `predictions`
-    adds each task's generated texts. Raises RecipeError for data that cannot be used and
-    CheckError for a model whose logits are not finite.
+    All but perplexity are percents. `prepared` reuses inputs made by `prepare`; `predictions`
+    adds each task's generated texts. `cache` is a folder of this model's answers, which are
+    taken from there (unless `fresh`) and kept there batch by batch. `calibrated` holds the
+    hashes of calibration samples: a task's rows must not be among them (`allow_overlap`: they
+    are counted under "overlap"). Raises RecipeError for data that cannot be used and CheckError
+    for a model whose logits are not finite, and for overlap.
     """
     progress = progress or NullProgress()
+    facts = facts_of(model, processor) if cache is not None else {}
+
+    def scored(task, ready: Prepared | None = None) -> dict:
+        kept = open_cache(cache, task, facts, fresh=fresh) if cache is not None else None
+        if ready is None:
+            ready = prepare(
+                task,
+                processor,
+                modalities=modalities,
+                seed=seed,
+                batch_size=evaluation.batch_size,
+                known=kept.records if kept else (),
+            )
+        counted = {}
+        if calibrated is not None:
+            allowed = leak.overlap(ready, calibrated, allow=allow_overlap, progress=progress)
+            counted = {"overlap": allowed}
+        words = {"progress": progress, "predictions": predictions, "cache": kept}
+        return score(model, processor, ready, **words) | counted
+
     if prepared is None:  # one task at a time, so that only one is in memory
-        words = {"modalities": modalities, "seed": seed, "batch_size": evaluation.batch_size}
-        prepared = (prepare(task, processor, **words) for task in evaluation.tasks)
-    tasks = {
-        item.task.name: score(model, processor, item, progress=progress, predictions=predictions)
-        for item in prepared
-    }
+        tasks = {task.name: scored(task) for task in evaluation.tasks}
+    else:
+        tasks = {ready.task.name: scored(ready.task, ready) for ready in prepared}
     result: dict = {"tasks": tasks}
     if float_model is not None and evaluation.fidelity_samples and evaluation.tasks:
         from masquant_cli.stages.fidelity import fidelity
@@ -74,52 +97,60 @@ def score(
     *,
     progress: Progress | None = None,
     predictions: bool = False,
+    cache: Cache | None = None,
 ) -> dict:
     """{metric, value, n, ci: [lo, hi], ci_method} of one task, "predictions" if asked for.
 
-    Accuracy: share of exact matches after `normalise`, percent, Wilson interval. WER: total
-    edits over total reference words (corpus level), percent, bootstrap over samples.
-    Perplexity: exp(mean nats per token), bootstrap over samples. Raises CheckError when a
-    logit is not finite.
+    What the metrics mean is in `scoring`; perplexity is exp(mean nats per token). Answers that
+    `cache` holds are not generated again, new ones go there after every batch. Raises CheckError
+    when a logit is not finite.
     """
     progress = progress or NullProgress()
-    task = prepared.task
-    progress.stage(f"evaluate {task.name}", len(prepared.keys), "samples")
+    task, keys = prepared.task, prepared.keys
+    records = dict(cache.records) if cache else {}
+    progress.stage(f"evaluate {task.name}", len(keys), "samples")
+    if known := sum(key in records for key in keys):
+        progress.note(f"{known} of {len(keys)} samples were answered before")
+        progress.advance(known)
+    answer = _nats if task.metric == "perplexity" else _texts
     with torch.no_grad(), greedy(model):
-        if task.metric == "perplexity":
-            return _perplexity(model, processor, prepared, progress)
-        texts = _generate(model, processor, prepared, progress)
-    got = [normalise(text) for text in texts]
-    wanted = [normalise(text) for text in prepared.references]
-    result = _accuracy(got, wanted) if task.metric == "accuracy" else _wer(got, wanted, prepared)
-    result = {"metric": task.metric, **result}
+        for batch, found in answer(model, processor, prepared, progress):
+            lines = [
+                {"key": keys[row], **_shown(prepared, row, record)}
+                for row, record in zip(batch.order, found, strict=True)
+            ]
+            if cache is not None:
+                cache.add(lines)
+            records |= {line["key"]: line for line in lines}
+            progress.advance(len(lines), tokens=int(batch.inputs["attention_mask"].sum()))
+    mine = [records[key] for key in keys]
+    if task.metric == "perplexity":
+        pairs = [(record["nats"], record["tokens"]) for record in mine]
+        return {"metric": task.metric, **scoring.perplexity(task, pairs, seed=prepared.seed)}
+    texts = [record["prediction"] for record in mine]
+    pairs = [scoring.score(task, *pair) for pair in zip(prepared.references, texts, strict=True)]
+    result = {"metric": task.metric, **scoring.result(task, pairs, seed=prepared.seed)}
     if predictions:
+        expected = map(scoring.expected_text, prepared.references)
         result["predictions"] = [
-            {"key": key, "expected": expected, "predicted": text}
-            for key, expected, text in zip(prepared.keys, prepared.references, texts, strict=True)
+            {"key": key, "expected": wanted, "predicted": text}
+            for key, wanted, text in zip(keys, expected, texts, strict=True)
         ]
     return result
 
 
-def _accuracy(got: list[str], wanted: list[str]) -> dict:
-    hits, n = sum(map(str.__eq__, got, wanted)), len(wanted)
-    low, high = metrics.wilson(hits, n)
-    return _result(100 * hits / n, n, 100 * low, 100 * high, "wilson")
+def _shown(prepared: Prepared, row: int, record: dict) -> dict:
+    """A record with what makes it readable: the expected answer and today's score."""
+    if prepared.task.metric == "perplexity":
+        return record
+    reference = prepared.references[row]
+    points, out_of = scoring.score(prepared.task, reference, record["prediction"])
+    shown = {"expected": scoring.expected_text(reference), "score": [points, out_of]}
+    return record | shown
 
 
-def _wer(got: list[str], wanted: list[str], prepared: Prepared) -> dict:
-    import jiwer
-
-    counts = [jiwer.process_words(a, b) for a, b in zip(wanted, got, strict=True)]
-    edits = torch.tensor([c.substitutions + c.deletions + c.insertions for c in counts])
-    words = torch.tensor([c.hits + c.substitutions + c.deletions for c in counts])
-    low, high = metrics.bootstrap_ratio(edits, words, seed=prepared.seed)
-    value = 100 * float(edits.sum() / words.sum())
-    return _result(value, len(wanted), 100 * low, 100 * high, "bootstrap")
-
-
-def _perplexity(model, processor, prepared: Prepared, progress: Progress) -> dict:
-    nats, counts = torch.zeros(len(prepared.keys)), torch.zeros(len(prepared.keys))
+def _nats(model, processor, prepared: Prepared, _progress) -> Iterator[tuple[Batch, list[dict]]]:
+    """Batches with {"nats", "tokens"} per sample: -sum ln p over the scored tokens."""
     for batch in batches(prepared, processor):
         inputs = model_inputs(model, batch.inputs)
         logits = model(**inputs, use_cache=False).logits[:, :-1]
@@ -127,26 +158,17 @@ def _perplexity(model, processor, prepared: Prepared, progress: Progress) -> dic
         finite_or_fail(logits[scored], f"task {prepared.task.name}")
         targets = inputs["input_ids"][:, 1:][scored]
         loss = torch.nn.functional.cross_entropy(logits[scored].float(), targets, reduction="none")
-        rows = torch.tensor(batch.order)[scored.cpu().nonzero()[:, 0]]
-        nats.index_add_(0, rows, loss.cpu())
-        counts.index_add_(0, rows, torch.ones(len(rows)))
-        progress.advance(len(batch.order), tokens=int(batch.inputs["attention_mask"].sum()))
-    if not counts.sum():
-        raise RecipeError(
-            f"task {prepared.task.name!r} has no text token to score",
-            hint="add an assistant message, or text",
-        )
-    value = math.exp(min(float(nats.sum() / counts.sum()), 700.0))
-    ends = metrics.bootstrap_ratio(nats, counts, seed=prepared.seed)
-    low, high = (math.exp(min(end, 700.0)) for end in ends)
-    result = _result(value, len(prepared.keys), low, high, "bootstrap")
-    return {"metric": "perplexity", **result, "tokens": int(counts.sum())}
+        sums = torch.zeros(len(scored), 2, dtype=torch.float64)
+        rows = scored.cpu().nonzero()[:, 0]
+        pairs = torch.stack([loss.cpu().double(), torch.ones(len(rows), dtype=torch.float64)], 1)
+        sums.index_add_(0, rows, pairs)
+        yield batch, [{"nats": n, "tokens": int(count)} for n, count in sums.tolist()]
 
 
-def _generate(model, processor, prepared: Prepared, progress: Progress) -> list[str]:
+def _texts(model, processor, prepared: Prepared, progress) -> Iterator[tuple[Batch, list[dict]]]:
+    """Batches with {"prediction"} per sample, generated greedily."""
     import transformers
 
-    texts = [""] * len(prepared.references)
     tokenizer = tokenizer_of(processor)
     what = f"task {prepared.task.name}"
 
@@ -165,11 +187,8 @@ def _generate(model, processor, prepared: Prepared, progress: Progress) -> list[
         )
         new = tokens[:, inputs["input_ids"].shape[1] :]
         decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
-        for row, text in zip(batch.order, decoded, strict=True):
-            texts[row] = text.strip()
-        read = int(batch.inputs["attention_mask"].sum())
-        progress.advance(len(batch.order), tokens=read + new.numel())
-    return texts
+        progress.advance(0, tokens=new.numel())
+        yield batch, [{"prediction": text.strip()} for text in decoded]
 
 
 @contextlib.contextmanager
@@ -197,7 +216,3 @@ def greedy(model, *, stop: bool = True):
         model.train(training)
         if saved is not None:
             model.generation_config = saved
-
-
-def _result(value: float, n: int, low: float, high: float, method: str) -> dict:
-    return {"value": value, "n": n, "ci": [low, high], "ci_method": method}

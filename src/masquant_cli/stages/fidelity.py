@@ -19,6 +19,7 @@ from masquant_cli.errors import CheckError
 from masquant_cli.models.modality import modality_ids
 from masquant_cli.progress import NullProgress, Progress
 from masquant_cli.recipe import Evaluation, Modality
+from masquant_cli.stages import scoring
 from masquant_cli.stages.finite import finite_or_fail
 from masquant_cli.stages.prepare import reference, task_samples
 
@@ -34,11 +35,12 @@ def fidelity(
     progress: Progress | None = None,
 ) -> dict:
     """{"sqnr_db", "sqnr_end_db", "kl", "flip_rate"}, each {modality: number, or None without
-    such tokens}, and "fidelity_n": {modality: samples}.
+    such tokens}, "sqnr_db_by_linear": {linear: {modality: dB}} and "fidelity_n": {modality:
+    samples}.
 
     - sqnr_db: mean over the quantized linears of 10 log10(sum y^2 / sum (y - y_q)^2) over the
       modality's tokens; y is the float linear's output in the float model and y_q the
-      quantized linear's for the same input.
+      quantized linear's for the same input. sqnr_db_by_linear: before that mean.
     - sqnr_end_db: the same of the last hidden states (the input of lm_head), end to end.
     - kl: mean KL(float || quantized) in nats at the positions that predict answer tokens;
       flip_rate: the share of them whose most likely token changed. A sample counts under
@@ -81,6 +83,7 @@ def fidelity(
     means = {m: torch.cat(rows).double().mean(0) for m, rows in groups.items() if rows}
     return {
         "sqnr_db": _mean_db(local, modalities),
+        "sqnr_db_by_linear": {n: _mean_db({n: pair}, modalities) for n, pair in local.items()},
         "sqnr_end_db": _mean_db({"": end}, modalities),
         "kl": {m: float(means[m][0]) if m in means else None for m in modalities},
         "flip_rate": {m: float(means[m][1]) if m in means else None for m in modalities},
@@ -96,7 +99,7 @@ def draw(evaluation: Evaluation, *, modalities: tuple[Modality, ...], seed: int)
         limit = evaluation.fidelity_samples
         samples = task_samples(task, modalities=modalities, seed=seed, limit=limit)
         if task.answer is not None:
-            samples = [with_answer(s, reference(task, s)) for s in samples]
+            samples = [with_answer(s, scoring.expected_text(reference(task, s))) for s in samples]
         per_task.append(samples)
     turns = itertools.chain.from_iterable(itertools.zip_longest(*per_task))
     drawn = [sample for sample in turns if sample is not None]

@@ -5,33 +5,56 @@ from pathlib import Path
 
 from torch import nn
 
-from masquant_cli.data.samples import load_samples
+from masquant_cli.data.benchmarks import reading_of
+from masquant_cli.data.samples import load_samples, refuse_kinds
 from masquant_cli.errors import RecipeError
 from masquant_cli.models.loading import Loaded, load_float
 from masquant_cli.progress import Progress
 from masquant_cli.recipe import Model, Recipe
+from masquant_cli.rundir import RunDir, write_json
 from masquant_cli.runtime import load_quantized
+from masquant_cli.stages import leak, model_fingerprint
 from masquant_cli.stages.bench import bench
 from masquant_cli.stages.evaluate import evaluate
 
 
 def evaluate_folder(
-    recipe: Recipe, folder: Path, *, against: Path | None, progress: Progress
+    recipe: Recipe,
+    folder: Path,
+    *,
+    against: Path | None,
+    progress: Progress,
+    run: RunDir,
+    fresh: bool = False,
+    allow_overlap: bool = False,
 ) -> dict:
-    """The recipe's evaluation of one folder; quantized ones are also compared with float."""
+    """The recipe's evaluation of one folder; quantized ones are also compared with float.
+
+    Answers are kept in, and taken from, RUN/eval/<model fingerprint>; the result is written
+    there and to RUN/eval/result.json. Rows that the run calibrated on are refused.
+    """
     if not recipe.evaluation.tasks:
         raise RecipeError(
             "the recipe has no evaluation tasks", where="evaluation.tasks",
-            hint="add tasks; `masquant recipes tiny-omni-w4a8` prints an example",
+            hint="add tasks, or name benchmarks with --task; `masquant recipes tiny-omni-w4a8` "
+            "prints an example",
         )  # fmt: skip
+    for task in recipe.evaluation.tasks:  # before anything large is loaded
+        refuse_kinds(task.source, recipe.modalities, reading_of(task))
+    quantized = is_quantized(folder)
+    calibrated = leak.calibrated_on(run.stage("calibrate"))
+    if calibrated is None and run.stage("export").exists():
+        progress.warn("this run's calibration is elsewhere: overlap with it is not checked")
+    fingerprint = model_fingerprint(Model(path=str(folder)))
     float_model = None
-    if is_quantized(folder):
+    if quantized:
         original = _float(recipe, against, progress)
         float_model, processor = original.model, original.processor
         model = load_beside(original.model, folder, progress)
     else:
         loaded = load_float(Model(path=str(folder), dtype=recipe.model.dtype), recipe.device)
         model, processor = loaded.model, loaded.processor
+    kept = run.path / "eval" / fingerprint[:12]
     found = evaluate(
         model,
         processor,
@@ -40,8 +63,20 @@ def evaluate_folder(
         seed=recipe.seed,
         float_model=float_model,
         progress=progress,
+        cache=kept,
+        fresh=fresh,
+        calibrated=calibrated,
+        allow_overlap=allow_overlap,
     )
-    return {"model": str(folder), "recipe": recipe.name, **found}
+    found = {
+        "model": str(folder),
+        "model_fingerprint": fingerprint,
+        "recipe": recipe.name,
+        **found,
+    }
+    for path in (kept / "result.json", run.path / "eval" / "result.json"):
+        write_json(path, found)
+    return found
 
 
 def bench_folder(recipe: Recipe, folder: Path, *, against: Path | None, progress: Progress) -> dict:

@@ -4,18 +4,19 @@ Encoded media are many times the size of the files they come from, so beyond KEE
 the rows are kept, and those batches are decoded and encoded again each time they are used.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from masquant_cli.data.benchmarks import reading_of
 from masquant_cli.data.inputs import encode, encode_scored
-from masquant_cli.data.samples import Sample, lighten, load_samples, restore
-from masquant_cli.data.text import fill, normalise
-from masquant_cli.errors import RecipeError
+from masquant_cli.data.samples import Sample, content_hashes, lighten, load_samples, restore
 from masquant_cli.progress import NullProgress, Progress
 from masquant_cli.recipe import Evaluation, Modality, Task
+from masquant_cli.stages import scoring, windows
 
 KEEP_BYTES = 2**31  # per task: of decoded media while loading, and of encoded batches after
 
@@ -42,10 +43,11 @@ class Prepared:
     """A task ready for `score`, for any number of models. Use `batches` to read it."""
 
     task: Task
-    parts: tuple[Batch | Waiting, ...]
-    references: tuple[str, ...]  # in the task's own order; empty for perplexity
+    parts: tuple[Batch | Waiting, ...]  # without the samples that were known
+    references: tuple[Any, ...]  # in the task's own order; empty for perplexity
     keys: tuple[str, ...]  # content hashes, in the task's own order
     seed: int
+    shown: tuple[tuple[str, ...], ...] = ()  # hashes of every sample's media or text
 
 
 def prepare_all(
@@ -81,20 +83,35 @@ def prepare(
     seed: int,
     batch_size: int,
     keep_bytes: int = KEEP_BYTES,
+    known: Collection[str] = (),
 ) -> Prepared:
-    """Load and encode a task's samples, in batches of similar length. Raises RecipeError."""
-    samples, references, keys, sizes, held = [], [], [], [], 0
+    """Load and encode a task's samples, in batches of similar length; those whose key is `known`
+    are not encoded, as they have an answer already. Raises RecipeError."""
+    if task.window is not None:
+        made = windows.cut(task, processor, modalities=modalities, seed=seed)
+        parts = [
+            Batch(inputs, (i,), scored)
+            for i, (inputs, scored) in enumerate(made.windows)
+            if made.keys[i] not in known
+        ]
+        return Prepared(task, tuple(parts), (), made.keys, seed, made.shown)
+    samples, references, keys, shown, sizes, held = [], [], [], [], [], 0
     for sample in _first(task, modalities=modalities, seed=seed):
         if task.metric != "perplexity":
             references.append(reference(task, sample))
         keys.append(sample.key)
+        shown.append(content_hashes(sample))
         tokens, media = _size(sample)
         sizes.append(tokens)
+        if sample.key in known:
+            samples.append(None)
+            continue
         held += media
         samples.append(sample if held <= keep_bytes else lighten(sample))
     # Sorted by text and media size, as batches of like lengths waste little on padding; the
     # token count itself is only known after the processor.
-    order = sorted(range(len(samples)), key=lambda i: (sizes[i], i))
+    todo = (i for i in range(len(samples)) if samples[i] is not None)
+    order = sorted(todo, key=lambda i: (sizes[i], i))
     parts: list[Batch | Waiting] = []
     for start in range(0, len(order), batch_size):
         rows = tuple(order[start : start + batch_size])
@@ -107,7 +124,7 @@ def prepare(
             parts.append(Waiting(tuple(map(lighten, chosen)), rows))
         for i in rows:
             samples[i] = None  # what is encoded need not be held decoded too
-    return Prepared(task, tuple(parts), tuple(references), tuple(keys), seed)
+    return Prepared(task, tuple(parts), tuple(references), tuple(keys), seed, tuple(shown))
 
 
 def batches(prepared: Prepared, processor) -> Iterator[Batch]:
@@ -120,7 +137,7 @@ def batches(prepared: Prepared, processor) -> Iterator[Batch]:
 
 
 def _encode(task: Task, processor, samples: Sequence[Sample], order: tuple[int, ...]) -> Batch:
-    whole = [restore(sample, task.source) for sample in samples]
+    whole = [restore(sample, task.source, reading_of(task)) for sample in samples]
     if task.metric == "perplexity":
         inputs, scored = encode_scored(processor, whole)
         return Batch(inputs, order, scored)
@@ -130,31 +147,33 @@ def _encode(task: Task, processor, samples: Sequence[Sample], order: tuple[int, 
 def task_samples(
     task: Task, *, modalities: tuple[Modality, ...], seed: int, limit: int | None = None
 ) -> list[Sample]:
-    """The task's first samples in seeded order: `task.samples` of them, or `limit` if less."""
-    return list(_first(task, modalities=modalities, seed=seed, limit=limit))
+    """The task's first samples in seeded order: `task.samples` of them, or `limit` if less.
+
+    Of running text that is cut into windows: its paragraphs.
+    """
+    if task.window is None:
+        return list(_first(task, modalities=modalities, seed=seed, limit=limit))
+    whole = windows.paragraphs(task, modalities=modalities, seed=seed)
+    return list(itertools.islice(whole, limit))
 
 
 def _first(
     task: Task, *, modalities: tuple[Modality, ...], seed: int, limit: int | None = None
 ) -> Iterator[Sample]:
-    wanted = min(x for x in (task.samples, limit, math.inf) if x is not None)
-    samples = load_samples(task.source, seed=seed, modalities=modalities)
-    for count, sample in enumerate(samples, 1):
-        yield sample
-        if count >= wanted:
-            return
+    wanted = min((x for x in (task.samples, limit) if x is not None), default=None)
+    samples = load_samples(
+        task.source,
+        seed=seed,
+        modalities=modalities,
+        reading=reading_of(task),
+        also=scoring.columns_of(task),
+    )
+    yield from itertools.islice(samples, wanted)
 
 
-def reference(task: Task, sample: Sample) -> str:
-    """The expected answer. Raises RecipeError when nothing of it survives normalisation."""
-    text = fill(task.answer, sample.row, sample.where)
-    if not normalise(text):
-        raise RecipeError(
-            f"task {task.name!r}: the expected answer is empty",
-            where=sample.where,
-            hint="check the task's `answer` template, or leave such rows out with `where`",
-        )
-    return text.strip()
+def reference(task: Task, sample: Sample) -> Any:
+    """What the sample's row expects, see `scoring.reference`."""
+    return scoring.reference(task, sample.row, sample.where)
 
 
 def _size(sample: Sample) -> tuple[int, int]:
