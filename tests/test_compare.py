@@ -138,8 +138,8 @@ def test_run_directories_are_taken_as_they_are(made):
 def test_a_damaged_or_old_result_is_made_again(made, monkeypatch):
     chosen, found, root = made
     scored = []
-    honest = module._Judge._score
-    monkeypatch.setattr(module._Judge, "_score", lambda *a: scored.append(1) or honest(*a))
+    honest = module.Judge._score
+    monkeypatch.setattr(module.Judge, "_score", lambda *a: scored.append(1) or honest(*a))
     evaluation = narrowed(chosen[0].recipe)
     path = chosen[0].run_dir / "eval/result.json"
     path.write_text(path.read_text()[:100])

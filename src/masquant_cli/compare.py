@@ -95,20 +95,13 @@ def compare(
     Raises RecipeError for rows that cannot be compared, ArtifactError for a stale run.
     """
     progress = progress or NullProgress()
-    judge = _Judge(chosen[0].recipe, evaluation or chosen[0].recipe.evaluation, progress)
+    judge = Judge(chosen[0].recipe, evaluation or chosen[0].recipe.evaluation, progress)
     judge.refuse_others(chosen)
-    rows, runs, calibrations = [], {}, {}
-    for entry in _ready(chosen, progress, runs):
-        export = RunDir(entry.run_dir).stage("export")
-        manifest = read_manifest(export)
-        found = judge.row(entry.run_dir, export / "model", manifest)
-        costs = _costs(entry, runs.get(entry.name), calibrations)
-        rows.append(_row(entry, found, manifest.summary["bytes"], costs))
+    runs, calibrations = {}, {}
+    ready = _ready(chosen, progress, runs)
+    rows = [judge.row(entry, runs.get(entry.name), calibrations) for entry in ready]
     if with_float:
-        found = judge.row(Path(run_root) / "float", None, None)
-        rows.insert(0, _float_row(chosen[0].recipe, found, rows[0]["float_bytes"]))
-    for row in rows:
-        row.pop("float_bytes", None)
+        rows.insert(0, judge.float_row(Path(run_root) / "float", beside=chosen[0].run_dir))
     return {
         "metrics": {n: task["metric"] for n, task in rows[0]["tasks"].items()},
         "modalities": list(judge.recipe.modalities),
@@ -141,7 +134,7 @@ def _ready(chosen: Sequence[Entry], progress: Progress, runs: dict) -> Iterable[
 
 
 @dataclass
-class _Judge:
+class Judge:
     """The float model and the prepared inputs that all rows share; made when first needed."""
 
     recipe: Recipe
@@ -175,7 +168,41 @@ class _Judge:
                     f"{entry.name} is evaluated as {chosen[0].name} is, not by its own recipe"
                 )
 
-    def row(self, run_dir: Path, folder: Path | None, manifest: Manifest | None) -> dict:
+    def row(self, entry: Entry, done: dict | None, calibrations: dict) -> dict:
+        """A finished entry's row. `done` is what `pipeline.run` returned, if it ran; the seconds
+        of the run's calibration go into `calibrations`."""
+        recipe, export = entry.recipe, RunDir(entry.run_dir).stage("export")
+        manifest = read_manifest(export)
+        sizes = manifest.summary["bytes"]
+        return {
+            "name": entry.name,
+            "method": recipe.method,
+            "bits": f"W{recipe.weights.bits}A{recipe.activations.bits}",
+            "recipe": recipe.name,
+            "run_dir": str(entry.run_dir),
+            **_judged(self._evaluated(entry.run_dir, export / "model", manifest)),
+            "bits_per_weight": FLOAT_BITS * sizes["quantized"] / sizes["float"],
+            "bytes": sizes["quantized"],
+            **_costs(entry, done, calibrations),
+        }
+
+    def float_row(self, run_dir: Path, *, beside: Path) -> dict:
+        """The float model's; its linears are those that the run `beside` quantized."""
+        sizes = read_manifest(RunDir(beside).stage("export")).summary["bytes"]
+        return {
+            "name": "float",
+            "method": "float",
+            "bits": "",
+            "recipe": self.recipe.name,
+            "run_dir": None,
+            **_judged(self._evaluated(run_dir, None, None)),
+            "bits_per_weight": FLOAT_BITS,
+            "bytes": sizes["float"],
+            "seconds": None,
+            "peak_bytes": None,
+        }
+
+    def _evaluated(self, run_dir: Path, folder: Path | None, manifest: Manifest | None) -> dict:
         """The evaluation of an exported folder, or of the float model; cached in `run_dir`."""
         path = Path(run_dir) / "eval" / "result.json"
         # The model as the export stage left it; plan() has compared its files with their hashes.
@@ -262,28 +289,6 @@ def _costs(entry: Entry, done: dict | None, calibrations: dict) -> dict:
         "seconds": sum(m.seconds for stage, m in there.items() if stage != "calibrate"),
         "peak_bytes": max(m.peak_bytes for m in there.values()),
     }
-
-
-def _row(entry: Entry, found: dict, sizes: dict, costs: dict) -> dict:
-    recipe = entry.recipe
-    return {
-        "name": entry.name,
-        "method": recipe.method,
-        "bits": f"W{recipe.weights.bits}A{recipe.activations.bits}",
-        "recipe": recipe.name,
-        "run_dir": str(entry.run_dir),
-        **_judged(found),
-        "bits_per_weight": FLOAT_BITS * sizes["quantized"] / sizes["float"],
-        "bytes": sizes["quantized"],
-        "float_bytes": sizes["float"],
-        **costs,
-    }
-
-
-def _float_row(recipe: Recipe, found: dict, size: int) -> dict:
-    said = {"name": "float", "method": "float", "bits": "", "recipe": recipe.name, "run_dir": None}
-    took = {"bits_per_weight": FLOAT_BITS, "bytes": size, "seconds": None, "peak_bytes": None}
-    return {**said, **_judged(found), **took}
 
 
 def _judged(found: dict) -> dict:
