@@ -31,12 +31,16 @@ MAY_IMPORT = {
     },
     "bench": {"errors", "progress", "algo", "models", "runtime", "masquant_kernels"},
     "pipeline": {"errors", "machine", "progress", "recipe", "rundir", "shards", "stages"},
-    "compare": {"errors", "progress", "recipe", "recipe_yaml", "rundir"}
-    | {"pipeline", "stages", "models"},
-    "demo": {"errors", "progress", "recipe", "recipe_yaml", "compare"},
+    "entries": {"errors", "pipeline", "recipe", "recipe_yaml"},
+    "compare": {
+        *("errors", "progress", "recipe", "rundir"),
+        *("entries", "pipeline", "stages", "models"),
+    },
+    "report": {"errors", "progress", "recipe", "rundir", "shards", "algo", "models", "stages"},
+    "demo": {"errors", "progress", "recipe", "recipe_yaml", "entries", "compare"},
     "cli": {
         *("errors", "benchmarks", "recipe", "recipe_yaml"),
-        *("pipeline", "compare", "demo", "masquant_kernels", "bench"),
+        *("pipeline", "entries", "compare", "demo", "report", "masquant_kernels", "bench"),
     },
     "__main__": {"cli"},
     "__init__": {"models", "runtime"},

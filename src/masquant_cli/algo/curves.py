@@ -4,13 +4,13 @@ rank (the paper's Figures 4 to 6).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from masquant_cli.algo.linear import fake_quant_rows, fake_quant_weight
 from masquant_cli.algo.low_rank import (
+    LowRank,
     best_low_rank,
     effective_rank,
     smoothed_gram,
@@ -95,32 +95,31 @@ def rank_curve(
     gram: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> RankCurve:
-    """Eq. 29 at the ranks int(ratio * min(out, in)), each once, activations quantized.
+    """Eq. 29 at the rank int(ratio * min(out, in)) of each ratio, activations quantized.
 
     weight [out, in]; base_scale, scale [in] of the base and of the modality; heldout [n, in]
     judges. The correction is found from exactly one of `gram` [in, in] (of unsmoothed inputs, to
-    any constant factor) and `rows` [k, in]. Ranks beyond what `rows` can tell are left out.
+    any constant factor) and `rows` [k, in]; past k columns it has nothing to add.
     """
     base = _quantize(weight * base_scale, bits)
     delta = weight * scale - base
-    most = min(weight.shape) if rows is None else min(*weight.shape, len(rows))
-    wanted = (int(ratio * min(weight.shape)) for ratio in ratios)
-    ranks = tuple(sorted({rank for rank in wanted if rank <= most}))
+    ranks = tuple(int(ratio * min(weight.shape)) for ratio in ratios)
     inputs = {"rows": rows / scale} if rows is not None else {"gram": smoothed_gram(gram, scale)}
     top = max(ranks)
-    whitened, plain = best_low_rank(delta, top, **inputs), unwhitened_low_rank(delta, top)
+    whitened = best_low_rank(delta, top if rows is None else min(top, len(rows)), **inputs)
+    plain = unwhitened_low_rank(delta, top)
     smoothed = heldout / scale
     target = heldout @ weight.T
     error = target - fake_quant_rows(smoothed, bits.activation) @ base.T
 
-    def at(found, rank: int) -> float:  # the first r columns are the best correction of rank r
+    def at(found: LowRank, rank: int) -> float:  # the first r columns are the best of rank r
         fixed = smoothed @ found.lr_a[:, :rank] @ found.lr_b[:rank]
         return _db(target, error - fixed)
 
     return RankCurve(
         ranks=ranks,
-        cmc=tuple(map(partial(at, whitened), ranks)),
-        svd=tuple(map(partial(at, plain), ranks)),
+        cmc=tuple(at(whitened, rank) for rank in ranks),
+        svd=tuple(at(plain, rank) for rank in ranks),
         effective_unwhitened=effective_rank(plain.singular_values),
         effective_whitened=effective_rank(whitened.singular_values),
     )

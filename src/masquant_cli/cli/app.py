@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from masquant_cli import __version__
-from masquant_cli.cli import bench, compare
+from masquant_cli.cli import bench, compare, report
 from masquant_cli.cli.common import (
     Against,
     Config,
@@ -40,6 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.add_typer(bench.app, name="bench")
+app.command()(report.report)
 
 
 def _version(wanted: bool) -> None:

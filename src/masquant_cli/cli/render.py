@@ -182,6 +182,12 @@ def _scored(task: Mapping[str, Any] | None) -> str:
     return f"{score(task['metric'], task['value'])} ({low_high})"
 
 
+def report(document: dict[str, Any]) -> None:
+    for part in document["missing"]:
+        print(f"not shown: {part['title']}. {part['why']}")
+    print("page:", document["html"])
+
+
 def doctor(document: dict[str, Any]) -> None:
     draw_table(("", ""), list(document["facts"].items()), heads=False)
     for warning in document["warnings"]:
@@ -207,6 +213,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], None]] = {
     "evaluation": evaluation,
     "benchmark": benchmark,
     "comparison": comparison,
+    "report": report,
     "bench kernels": _later("timings"),
     "bench layers": _later("timings"),
     "bench model": _later("models"),

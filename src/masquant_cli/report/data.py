@@ -1,0 +1,163 @@
+"""From runs to what figures and tables show. Pure functions of `Run`; nothing is drawn here."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, cat
+
+from masquant_cli.algo.curves import dominance, misalignment_db, range_ratios
+from masquant_cli.recipe import SITE_KINDS
+from masquant_cli.report.comparisons import Point
+from masquant_cli.report.gather import Run, Site
+from masquant_cli.rundir import fingerprint
+
+HIGHER_IS_BETTER = {"accuracy": True, "wer": False, "perplexity": False}
+UNIT = {"accuracy": "accuracy (%)", "wer": "WER (%)", "perplexity": "perplexity"}
+
+
+def comparison(run: Run) -> dict:
+    """One row of the comparison: what the run scores and what it costs, None where unknown."""
+    found = run.evaluation or {}
+    manifests = [manifest for _, manifest in run.stages.values()]
+    sizes = run.stages["export"][1].summary.get("bytes", {}) if "export" in run.stages else {}
+    quantized, dense = sizes.get("quantized"), sizes.get("float")
+    return {
+        "name": run.label,
+        "method": run.method,
+        "bits": run.bits,
+        "recipe": run.recipe.get("name"),
+        "run_dir": str(run.path),
+        "tasks": found.get("tasks") or {},
+        **{key: found.get(key) or {} for key in ("sqnr_db", "sqnr_end_db", "kl", "flip_rate")},
+        "sqnr_db_by_linear": found.get("sqnr_db_by_linear"),
+        # `float` counts two bytes for each weight.
+        "bits_per_weight": 16 * quantized / dense if quantized and dense else None,
+        "bytes": quantized,
+        "seconds": sum(m.seconds for m in manifests) if manifests else None,
+        "peak_bytes": max((m.peak_bytes for m in manifests), default=None),
+        "peak_gpu_bytes": max((m.peak_gpu_bytes for m in manifests), default=None),
+    }
+
+
+def sqnr_source(runs: Sequence[Run]) -> str:
+    """ "measured" where every run was evaluated, else "held-out": the two are never mixed."""
+    return "measured" if runs and all(run.measured for run in runs) else "held-out"
+
+
+def site_sqnr(run: Run, source: str) -> Mapping[Site, Mapping[str, float]]:
+    return run.measured if source == "measured" else run.heldout
+
+
+def by_layer(sites: Mapping[Site, Mapping[str, float]]) -> dict[str, dict[int, float]]:
+    """Mean dB over the sites of a layer: {modality: {layer: dB}}."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for (layer, _), values in sites.items():
+        for modality, value in values.items():
+            if value is not None:
+                found.setdefault(modality, {}).setdefault(layer, []).append(value)
+    return {
+        modality: {layer: sum(v) / len(v) for layer, v in layers.items()}
+        for modality, layers in found.items()
+    }
+
+
+def worst_sites(
+    sites: Mapping[Site, Mapping[str, float]], count: int
+) -> list[tuple[Site, str, float]]:
+    """The `count` lowest (site, modality, dB), lowest first."""
+    every = [
+        (site, modality, value)
+        for site, values in sites.items()
+        for modality, value in values.items()
+        if value is not None
+    ]
+    return sorted(every, key=lambda e: (e[2], e[0], e[1]))[:count]
+
+
+def kinds_of(sites: Iterable[Site]) -> list[str]:
+    seen = {kind for _, kind in sites}
+    return [kind for kind in SITE_KINDS if kind in seen]
+
+
+def spread(sites: Iterable[Site], count: int) -> list[Site]:
+    """`count` sites from the first layer to the last, the kinds in turn; fewer if there are."""
+    every = set(sites)
+    layers, kinds = sorted({layer for layer, _ in every}), kinds_of(every)
+    chosen = []
+    for i in range(count):
+        share = i / (count - 1) if count > 1 else 0.5
+        chosen.append((layers[round(share * (len(layers) - 1))], kinds[i % len(kinds)]))
+    if missing := count - len(set(chosen)):  # few layers: whatever is left, in order
+        chosen += sorted(every - set(chosen))[:missing]
+    return [site for site in dict.fromkeys(chosen) if site in every]
+
+
+def first_middle_last(sites: Iterable[Site]) -> list[Site]:
+    """Every kind of the first, the middle and the last layer."""
+    every = list(sites)
+    layers = sorted({layer for layer, _ in every})
+    shown = dict.fromkeys((layers[0], layers[len(layers) // 2], layers[-1]))
+    return [(layer, kind) for layer in shown for kind in kinds_of(every) if (layer, kind) in every]
+
+
+def most_misaligned(absmax: Mapping[Site, Tensor]) -> tuple[Site, int, float]:
+    """The (site, modality index, dB) that uniform smoothing costs most by eq. 20."""
+    losses = [
+        (misalignment_db(ratios), site, m)
+        for site, ranges in absmax.items()
+        for m, ratios in enumerate(range_ratios(ranges))
+    ]
+    loss, site, m = min(losses)
+    return site, m, loss
+
+
+def shares_by_kind(absmax: Mapping[Site, Tensor]) -> dict[str, list[float]]:
+    """{site kind: share of channels won by each modality}, over all layers."""
+    return {
+        kind: dominance(cat([r for (_, k), r in absmax.items() if k == kind], 1)).tolist()
+        for kind in kinds_of(absmax)
+    }
+
+
+def ratios_by_kind(absmax: Mapping[Site, Tensor]) -> dict[str, list[Tensor]]:
+    return {
+        kind: range_ratios(cat([r for (_, k), r in absmax.items() if k == kind], 1))
+        for kind in kinds_of(absmax)
+    }
+
+
+def effective_ranks(run: Run, which: str) -> dict[str, dict[str, dict[int, float]]]:
+    """{site kind: {modality: {layer: effective rank}}} from the notes; which: un|whitened."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for (layer, kind), notes in run.corrections.items():
+        for modality, note in notes.items():
+            if (value := note.get(f"effective_rank_{which}")) is not None:
+                found.setdefault(kind, {}).setdefault(modality, {})[layer] = value
+    return {kind: found[kind] for kind in SITE_KINDS if kind in found}
+
+
+def points(runs: Sequence[Run]) -> tuple[list[Point], dict[str, str]]:
+    """The trade-off: a point per exported and evaluated run, and the axis label of each score."""
+    found, units = [], {}
+    for run in runs:
+        row = comparison(run)
+        if row["bits_per_weight"] is None or not (row["tasks"] or row["sqnr_db"]):
+            continue
+        values = {}
+        for task, score in row["tasks"].items():
+            low, high = score.get("ci") or (None, None)
+            values[task] = (score["value"], low, high)
+            units[task] = UNIT.get(score["metric"], score["metric"])
+        for modality, value in row["sqnr_db"].items():
+            if value is not None:
+                values[f"SQNR {modality}"] = (value, None, None)
+        found.append(Point(run.label, run.method, _family(run), row["bits_per_weight"], values))
+    for point in found:
+        units |= {what: "dB" for what in point.values if what.startswith("SQNR ")}
+    return found, units
+
+
+def _family(run: Run) -> str:
+    """The same for runs whose recipes differ in rank alone (and in what they evaluate)."""
+    made = {k: v for k, v in run.recipe.items() if k not in ("name", "evaluation", "bench")}
+    rest = {k: v for k, v in (made.get("compensation") or {}).items() if k != "rank"}
+    return fingerprint({**made, "compensation": rest})

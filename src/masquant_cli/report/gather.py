@@ -1,0 +1,334 @@
+"""What a run directory holds, as plain data. Reads manifests, notes and small tensors only.
+
+A stage counts when it is finished, whole, and made from the stage before it as that one is now;
+anything else is named in `Run.missing`, in a sentence for people.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from masquant_cli import shards
+from masquant_cli.errors import ArtifactError, RecipeError
+from masquant_cli.models.families import FAMILIES
+from masquant_cli.recipe import Model
+from masquant_cli.rundir import STAGES, Manifest, damaged_output, fingerprint, read_manifest
+from masquant_cli.stages import model_fingerprint
+
+Site = tuple[int, str]  # decoder layer, site kind
+IN_LAYER = re.compile(r"\blayers\.(\d+)\.(.+)$")
+KIND_OF = {
+    linear: kind
+    for family in FAMILIES.values()
+    for kind, linears in family.sites.items()
+    for linear in linears
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory. Decibels are floats, None where a modality had no tokens."""
+
+    path: Path
+    label: str
+    recipe: dict  # as JSON; only what its manifests say where there is no recipe.json
+    stages: dict[str, tuple[Path, Manifest]]  # those that count, and where they lie
+    heldout: dict[Site, dict[str, float]]  # {site: {modality: dB}}, what smoothing expects
+    origin: dict[Site, str]
+    corrections: dict[Site, dict[str, dict]]  # {site: {modality: note of compensate}}
+    evaluation: dict | None
+    missing: tuple[str, ...]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(self.recipe.get("modalities") or ())
+
+    @property
+    def method(self) -> str:
+        return self.recipe.get("method") or ""
+
+    @property
+    def bits(self) -> str:
+        """ "W4A8", or "" before smoothing said so."""
+        weights, activations = (self.recipe.get(k) or {} for k in ("weights", "activations"))
+        if "bits" not in weights or "bits" not in activations:
+            return ""
+        return f"W{weights['bits']}A{activations['bits']}"
+
+    @property
+    def corrected(self) -> bool:
+        return bool(self.corrections)
+
+    @cached_property
+    def measured(self) -> dict[Site, dict[str, float]]:
+        """SQNR measured by `masquant eval`: mean in dB over the linears of a site."""
+        found: dict[Site, dict[str, list[float]]] = {}
+        for name, by_modality in ((self.evaluation or {}).get("sqnr_db_by_linear") or {}).items():
+            found_in = IN_LAYER.search(name)
+            if not found_in or found_in[2] not in KIND_OF:
+                continue
+            site = int(found_in[1]), KIND_OF[found_in[2]]
+            for modality, value in by_modality.items():
+                if value is not None:
+                    found.setdefault(site, {}).setdefault(modality, []).append(value)
+        return {
+            site: {m: sum(values) / len(values) for m, values in by.items()}
+            for site, by in sorted(found.items())
+        }
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """Decoder layers that calibration saw."""
+        if "calibrate" not in self.stages:
+            return []
+        return _layers(self.stages["calibrate"][1])
+
+    @cached_property
+    def absmax(self) -> dict[Site, torch.Tensor]:
+        """Per site the range of every modality's channels, f32 [M, in]."""
+        return {
+            (layer, kind): torch.stack(
+                [tensors[f"{kind}.{m}.absmax"].float() for m in self.modalities]
+            )
+            for layer in self.layers
+            for tensors in [self.tensors("calibrate", layer, ".absmax")]
+            for kind in dict.fromkeys(name.split(".")[0] for name in tensors)
+        }
+
+    def tensors(self, stage: str, layer: int, ending: str | tuple[str, ...] = "") -> dict:
+        """Tensors of one layer of a stage that counts, those whose names end so.
+
+        Raises ArtifactError when the file is damaged.
+        """
+        path = shards.layer_file(self.stages[stage][0], layer)
+        try:
+            with safe_open(path, framework="pt") as shard:
+                return {n: shard.get_tensor(n) for n in shard.keys() if n.endswith(ending)}
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"cannot read this layer: {error}",
+                where=str(path),
+                hint="delete the stage's folder and run the recipe again",
+            ) from error
+
+
+def gather(paths: Sequence[Path], reuse: Sequence[Path] = ()) -> list[Run]:
+    """The runs in `paths`, each with a label of its own.
+
+    A calibration that a run took from elsewhere is looked for in `reuse`, in the other runs and
+    beside the run. Raises RecipeError for what is no run directory, ArtifactError for damage.
+    """
+    paths = [Path(p) for p in dict.fromkeys(paths)]
+    runs = [_gather(path, [*reuse, *paths]) for path in paths]
+    return [replace(run, label=label) for run, label in zip(runs, _labels(runs), strict=True)]
+
+
+def _gather(path: Path, reuse: Sequence[Path]) -> Run:
+    recipe = _recipe(path)
+    manifests = {stage: read_manifest(path / stage) for stage in STAGES}
+    if recipe is None and not any(manifests.values()):
+        if alone := _float(path):
+            return alone
+        raise RecipeError(
+            "not a run directory: neither a recipe.json nor a finished stage in it",
+            where=str(path),
+            hint="name directories that `masquant run` has written to",
+        )
+    stages, missing = _stages(path, manifests, reuse)
+    said: dict = {}
+    for stage in ("calibrate", "smooth", "compensate"):
+        if stage in stages:
+            said |= stages[stage][1].reads
+    keys = ("modalities", "calibration", "seed", "method", "weights", "activations", "smoothing")
+    made = {key: said[key] for key in keys if key in said}
+    if "compensate" in stages or recipe is None:  # smooth says only what it reads of it
+        made |= {"compensation": said["compensation"]} if "compensation" in said else {}
+    if recipe is None:
+        missing.append("It has no recipe.json; what is known of its recipe is from its manifests.")
+    elif changed := [key for key, value in made.items() if value != recipe.get(key, value)]:
+        missing.append(
+            f"Its recipe.json is newer than its stages ({', '.join(changed)} differ); "
+            "what the stages were made with is shown."
+        )
+    recipe = {"name": path.name, **(recipe or {}), **made}
+    heldout, origin = _smooth_notes(stages, recipe)
+    corrections = _compensate_notes(stages)
+    if "compensate" in stages and not corrections:
+        missing.append("It has no low-rank correction (its method or rank 0 asks for none).")
+    if len(recipe.get("modalities") or ()) == 1:
+        missing.append("It has one modality, so no modality dominates another.")
+    evaluation = _evaluation(path, stages, missing)
+    return Run(path, "", recipe, stages, heldout, origin, corrections, evaluation, tuple(missing))
+
+
+def _recipe(path: Path) -> dict | None:
+    file = path / "recipe.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a mapping")
+        return content
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"this run's recipe cannot be read: {error}",
+            where=str(file),
+            hint="run the recipe again in this directory",
+        ) from error
+
+
+def _stages(
+    path: Path, manifests: dict[str, Manifest | None], reuse: Sequence[Path]
+) -> tuple[dict[str, tuple[Path, Manifest]], list[str]]:
+    """The stages that count, and why the others do not."""
+    found: dict[str, tuple[Path, Manifest]] = {}
+    missing: list[str] = []
+    smooth = manifests["smooth"]
+    if calibration := _calibration(path, manifests["calibrate"], smooth, reuse):
+        found["calibrate"] = calibration
+        if lost := damaged_output(*calibration):
+            del found["calibrate"]
+            missing.append(f"The calibration's {lost} is gone or was changed.")
+    elif smooth is not None:
+        missing.append("Its calibration lies in another run that was not found (see --reuse).")
+    else:
+        missing.append("It is not calibrated.")
+    before = smooth.upstream if smooth else ""
+    for stage in STAGES[1:]:
+        manifest = manifests[stage]
+        if manifest is None:
+            missing.append(f"Its {stage} stage never finished.")
+            break
+        if lost := damaged_output(path / stage, manifest):
+            missing.append(f"Its {stage} stage is incomplete: {lost} is gone or was changed.")
+            break
+        if manifest.upstream != before:
+            missing.append(f"Its {stage} stage is older than the stage before it.")
+            break
+        found[stage] = (path / stage, manifest)
+        before = fingerprint(manifest.outputs)
+    return found, missing
+
+
+def _calibration(
+    path: Path, own: Manifest | None, smooth: Manifest | None, reuse: Sequence[Path]
+) -> tuple[Path, Manifest] | None:
+    """The calibration that the run's smoothing was made from; its own when it has no smoothing."""
+    if smooth is None:
+        return (path / "calibrate", own) if own else None
+    beside = sorted(p for p in path.absolute().parent.iterdir() if p.is_dir())
+    for other in (path, *map(Path, reuse), *beside):
+        with contextlib.suppress(ArtifactError):  # a damaged stranger is no concern of this run
+            manifest = read_manifest(other / "calibrate")
+            if manifest and fingerprint(manifest.outputs) == smooth.upstream:
+                return other / "calibrate", manifest
+    return None
+
+
+def _layers(manifest: Manifest) -> list[int]:
+    names = (Path(name) for name in manifest.outputs if name.startswith("layers/"))
+    return sorted(int(name.stem) for name in names if name.suffix == ".safetensors")
+
+
+def _notes(stages: dict, stage: str) -> dict[int, dict]:
+    if stage not in stages:
+        return {}
+    folder, manifest = stages[stage]
+    found = {}
+    for layer in _layers(manifest):
+        path = shards.layer_file(folder, layer)
+        if (header := shards.read_header(path)) is None:
+            raise ArtifactError(
+                "this layer's notes cannot be read",
+                where=str(path),
+                hint="delete the stage's folder and run the recipe again",
+            )
+        found[layer] = header["notes"]
+    return found
+
+
+def _smooth_notes(stages: dict, recipe: dict) -> tuple[dict, dict]:
+    heldout, origin = {}, {}
+    for layer, notes in _notes(stages, "smooth").items():
+        for kind, note in notes.items():
+            values = zip(recipe["modalities"], note["heldout_sqnr_db"], strict=True)
+            heldout[layer, kind] = dict(values)
+            origin[layer, kind] = note.get("origin", "")
+    return heldout, origin
+
+
+def _compensate_notes(stages: dict) -> dict[Site, dict[str, dict]]:
+    found: dict[Site, dict[str, dict]] = {}
+    for layer, notes in _notes(stages, "compensate").items():
+        for key, note in notes.items():
+            kind, modality = key.split(".", 1)
+            found.setdefault((layer, kind), {})[modality] = note
+    return found
+
+
+def _evaluation(path: Path, stages: dict, missing: list[str]) -> dict | None:
+    """What `masquant eval` last said of this run's export as it is now."""
+    if "export" not in stages:
+        if (path / "eval" / "result.json").exists():
+            missing.append("Its evaluation is left out: it has no export that the numbers are of.")
+        return None
+    model = stages["export"][0] / "model"
+    mine = model_fingerprint(Model(path=str(model)), download=False)
+    for file in (path / "eval" / mine[:12] / "result.json", path / "eval" / "result.json"):
+        result = _result(file)
+        if result is not None and result.get("model_fingerprint") == mine:
+            return result
+    if (path / "eval" / "result.json").exists():
+        missing.append("Its evaluation is left out: it is of another model or an older export.")
+    else:
+        missing.append("It has not been evaluated (masquant eval).")
+    return None
+
+
+def _result(file: Path) -> dict | None:
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(result, dict):
+            raise ValueError("it is not a mapping")
+        return result
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"this evaluation cannot be read: {error}",
+            where=str(file),
+            hint="delete it and run masquant eval again",
+        ) from error
+
+
+def _float(path: Path) -> Run | None:
+    """A folder that holds an evaluation alone: the float row of `masquant compare`."""
+    if (result := _result(path / "eval" / "result.json")) is None:
+        return None
+    said = "It holds an evaluation alone, of a model that is not quantized here."
+    recipe = {"name": path.resolve().name, "model": {"path": result.get("model")}}
+    return Run(path, "", recipe, {}, {}, {}, {}, result, (said,))
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Method, bits and, where that leaves two alike, what tells them apart."""
+
+    def rank(run: Run) -> str:
+        ranks = (run.recipe.get("compensation") or {}).get("rank")
+        return "" if ranks is None or not run.corrected else f"r {ranks:g}"
+
+    plain = [" ".join(filter(None, (r.method, r.bits))) or r.path.name for r in runs]
+    finer = [" ".join(filter(None, (p, rank(r)))) for p, r in zip(plain, runs, strict=True)]
+    labels = [f if plain.count(p) > 1 else p for p, f in zip(plain, finer, strict=True)]
+    return [
+        f"{label} ({run.path.resolve().name})" if labels.count(label) > 1 else label
+        for label, run in zip(labels, runs, strict=True)
+    ]
