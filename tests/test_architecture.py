@@ -38,10 +38,11 @@ MAY_IMPORT = {
     },
     "report": {"errors", "progress", "recipe", "rundir", "shards", "algo", "models", "stages"},
     "demo": {"errors", "progress", "recipe", "recipe_yaml", "entries", "compare"},
+    "inspect": {"errors", "models", "recipe", "recipe_yaml", "rundir", "runtime"},
     "cli": {
         *("errors", "benchmarks", "recipe", "recipe_yaml"),
         *("pipeline", "entries", "compare", "demo", "report", "masquant_kernels", "bench"),
-    },
+    , "inspect"},
     "__main__": {"cli"},
     "__init__": {"models", "runtime"},
 }
@@ -134,6 +135,7 @@ def test_the_check_itself_sees_relative_and_local_imports(tmp_path, monkeypatch)
         ("masquant_cli", ("torch", "transformers", "datasets", "pydantic")),
         ("masquant_cli.cli.app", ("torch", "transformers", "datasets", "pydantic", "rich")),
         ("masquant_cli.recipe_yaml", ("torch", "transformers", "datasets")),
+        ("masquant_cli.inspect", ("torch", "transformers", "datasets")),
         ("masquant_kernels", ("masquant_cli", "transformers")),
     ],
 )

@@ -11,8 +11,9 @@ from safetensors import safe_open
 from masquant_cli import compare as module
 from masquant_cli import pipeline
 from masquant_cli.cli import app, render
-from masquant_cli.compare import Entry, compare, entries
-from masquant_cli.errors import ArtifactError, RecipeError
+from masquant_cli.compare import compare
+from masquant_cli.entries import Entry, entries
+from masquant_cli.errors import ArtifactError, CheckError, RecipeError
 
 QUICK = (*SMALL, "export.verify=false", "evaluation.fidelity_samples=5")
 PARTS = (".weight_packed", ".weight_scale", ".smooth_inv", ".lr_a", ".lr_b")
@@ -247,3 +248,17 @@ def test_the_command_prints_scores_damage_and_cost(made, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["rows"][1]["method"] == "rtn"
     assert app.main(["compare", "tiny-omni-w4a8", "--task", "smu"]) == 2
     assert "no task 'smu'" in capsys.readouterr().err
+
+
+def test_rows_that_were_calibrated_on_are_refused(made):
+    chosen, _, root = made
+    evaluation = narrowed(chosen[0].recipe, samples=10, names=("sum",))
+    (task,) = evaluation.tasks
+    source = task.source.model_copy(update={"dataset": "builtin:tiny-omni/calibration-sum"})
+    leaking = evaluation.model_copy(
+        update={"tasks": (task.model_copy(update={"source": source}),), "fidelity_samples": 0}
+    )
+    with pytest.raises(CheckError, match="of task 'sum' were calibrated on"):
+        compare(chosen[:1], evaluation=leaking, run_root=root)
+    found = compare(chosen[:1], evaluation=leaking, run_root=root, allow_overlap=True)
+    assert found["rows"][0]["tasks"]["sum"]["n"] == 10

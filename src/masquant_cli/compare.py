@@ -6,76 +6,28 @@ eval/result.json.
 """
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from masquant_cli import pipeline, recipe_yaml
+from masquant_cli import pipeline
+from masquant_cli.entries import Entry
 from masquant_cli.errors import RecipeError
 from masquant_cli.progress import NullProgress, Progress
-from masquant_cli.recipe import Evaluation, Recipe
-from masquant_cli.rundir import STAGES, Manifest, RunDir, fingerprint, read_manifest, versions
-from masquant_cli.rundir import write_json as write
+from masquant_cli.recipe import Evaluation, Model, Recipe
+from masquant_cli.rundir import (
+    STAGES,
+    Manifest,
+    RunDir,
+    fingerprint,
+    read_manifest,
+    versions,
+    write_json,
+)
 
 FIDELITY = ("sqnr_db", "sqnr_end_db", "kl", "flip_rate", "sqnr_db_by_linear")
 FLOAT_BITS = 16  # what a float weight counts, whatever the dtype it is loaded in
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row: a recipe to run in `run_dir`, or (`finished`) a run to be used as it is."""
-
-    name: str
-    recipe: Recipe
-    run_dir: Path
-    finished: bool = False
-
-
-def entries(
-    arguments: Sequence[str],
-    *,
-    run_root: Path,
-    methods: Sequence[str] = (),
-    overrides: Sequence[str] = (),
-) -> list[Entry]:
-    """What the command line names: RECIPE, RECIPE@key=value,key=value or a run directory.
-
-    Every recipe is repeated for each of `methods`; `overrides` apply to all recipes. Raises
-    RecipeError for what is neither, and for rows that would share a run directory.
-    """
-    found: list[Entry] = []
-    for argument in arguments:
-        name, at, changes = argument.partition("@")
-        if _is_run(name):
-            if at:
-                raise RecipeError(
-                    "a finished run cannot be changed", where=argument,
-                    hint="name its recipe instead: RECIPE@key=value",
-                )  # fmt: skip
-            path = Path(name)
-            found.append(Entry(path.resolve().name, pipeline.recipe_of(path), path, True))
-            continue
-        changed = _split(changes)
-        if at and not changed:
-            raise RecipeError("nothing follows the @", where=argument, hint="RECIPE@key=value,...")
-        for method in methods or (None,):
-            own = [*changed, *([f"method={method}"] if method else [])]
-            recipe = recipe_yaml.load(name, [*overrides, *own])
-            label = "-".join([recipe.name, *map(_slug, own)])
-            found.append(Entry(label, recipe, Path(run_root) / label))
-    if methods and all(entry.finished for entry in found):
-        raise RecipeError(
-            "only recipes can be run with other methods", where="--methods",
-            hint="name a recipe; finished runs are taken as they are",
-        )  # fmt: skip
-    for index, entry in enumerate(found):
-        if entry.run_dir.resolve() in {other.run_dir.resolve() for other in found[:index]}:
-            raise RecipeError(
-                f"two rows are the run {entry.run_dir}", where=entry.name, hint="name each once"
-            )
-    return found
 
 
 def compare(
@@ -84,6 +36,7 @@ def compare(
     evaluation: Evaluation | None = None,
     with_float: bool = False,
     run_root: Path = Path("runs"),
+    allow_overlap: bool = False,
     progress: Progress | None = None,
 ) -> dict:
     """Run what has to be run, evaluate every row. {"metrics", "modalities", "rows", "runs",
@@ -92,10 +45,12 @@ def compare(
     `evaluation` (default: the first row's) is used for all, with the first row's seed. A row's
     seconds are its own stages'; a calibration, which rows share, is in "calibrations" once, by
     folder. `bytes` are the quantized linears', low rank included; a float weight counts 16 bits.
-    Raises RecipeError for rows that cannot be compared, ArtifactError for a stale run.
+    Raises RecipeError for rows that cannot be compared, ArtifactError for a stale run, and
+    CheckError where a run calibrated on rows of a task, unless `allow_overlap`.
     """
     progress = progress or NullProgress()
     judge = Judge(chosen[0].recipe, evaluation or chosen[0].recipe.evaluation, progress)
+    judge.allow_overlap = allow_overlap
     judge.refuse_others(chosen)
     runs, calibrations = {}, {}
     ready = _ready(chosen, progress, runs)
@@ -140,6 +95,7 @@ class Judge:
     recipe: Recipe
     evaluation: Evaluation
     progress: Progress
+    allow_overlap: bool = False
 
     def refuse_others(self, chosen: Sequence[Entry]) -> None:
         """RecipeError unless all rows quantize one model for one set of modalities."""
@@ -174,16 +130,20 @@ class Judge:
         recipe, export = entry.recipe, RunDir(entry.run_dir).stage("export")
         manifest = read_manifest(export)
         sizes = manifest.summary["bytes"]
+        folders = {stage: RunDir(entry.run_dir).stage(stage) for stage in STAGES}
+        if done:
+            folders = {stage: Path(found["folder"]) for stage, found in done["stages"].items()}
+        found = self._evaluated(entry.run_dir, export / "model", manifest, folders["calibrate"])
         return {
             "name": entry.name,
             "method": recipe.method,
             "bits": f"W{recipe.weights.bits}A{recipe.activations.bits}",
             "recipe": recipe.name,
             "run_dir": str(entry.run_dir),
-            **_judged(self._evaluated(entry.run_dir, export / "model", manifest)),
+            **_judged(found),
             "bits_per_weight": FLOAT_BITS * sizes["quantized"] / sizes["float"],
             "bytes": sizes["quantized"],
-            **_costs(entry, done, calibrations),
+            **_costs(folders, calibrations),
         }
 
     def float_row(self, run_dir: Path, *, beside: Path) -> dict:
@@ -195,34 +155,45 @@ class Judge:
             "bits": "",
             "recipe": self.recipe.name,
             "run_dir": None,
-            **_judged(self._evaluated(run_dir, None, None)),
+            **_judged(self._evaluated(run_dir)),
             "bits_per_weight": FLOAT_BITS,
             "bytes": sizes["float"],
             "seconds": None,
             "peak_bytes": None,
         }
 
-    def _evaluated(self, run_dir: Path, folder: Path | None, manifest: Manifest | None) -> dict:
-        """The evaluation of an exported folder, or of the float model; cached in `run_dir`."""
+    def _evaluated(
+        self,
+        run_dir: Path,
+        folder: Path | None = None,
+        manifest: Manifest | None = None,
+        calibration: Path | None = None,
+    ) -> dict:
+        """What `pipeline.evaluate` says of an exported folder, or of the float model."""
         path = Path(run_dir) / "eval" / "result.json"
         # The model as the export stage left it; plan() has compared its files with their hashes.
-        model = fingerprint(manifest.outputs) if manifest else fingerprint(self._model())
+        model = fingerprint(manifest.outputs) if manifest else self._model()
         wanted = fingerprint([model, self._settings])
         if (old := _read(path)) and old.get("compare_fingerprint") == wanted:
             return old
-        original = self._original
-        if folder is None:
-            found = self._score(original.model, None)
-        else:
-            from masquant_cli.stages.judge import load_beside
+        from masquant_cli.stages import leak, model_fingerprint
+        from masquant_cli.stages.judge import load_beside
 
-            found = self._score(load_beside(original.model, folder, self.progress), original.model)
-        said = {"model": str(folder or self.recipe.model.path), "recipe": self.recipe.name}
-        known = {"model_fingerprint": model, "compare_fingerprint": wanted}
-        write(path, {**said, **found, **known})
+        original, spec = self._original, self.recipe.model
+        tested, float_model = original.model, None
+        if folder is not None:
+            spec = Model(path=str(folder))
+            tested, float_model = load_beside(tested, folder, self.progress), tested
+        known = model_fingerprint(spec)
+        kept = path.parent / known[:12]
+        calibrated = leak.calibrated_on(calibration) if calibration else None
+        found = self._score(tested, float_model, kept, calibrated)
+        said = {"model": spec.path, "model_fingerprint": known, "recipe": self.recipe.name, **found}
+        for file in (kept / "result.json", path):
+            write_json(file, {**said, "compare_fingerprint": wanted})
         return found
 
-    def _score(self, model, float_model) -> dict:
+    def _score(self, model, float_model, kept: Path, calibrated: set[str] | None) -> dict:
         from masquant_cli.stages.evaluate import evaluate
 
         return evaluate(
@@ -234,6 +205,9 @@ class Judge:
             float_model=float_model,
             prepared=self._prepared,
             progress=self.progress,
+            cache=kept,
+            calibrated=calibrated,
+            allow_overlap=self.allow_overlap,
         )
 
     def _model(self, recipe: Recipe | None = None) -> list:
@@ -276,11 +250,8 @@ class Judge:
         )
 
 
-def _costs(entry: Entry, done: dict | None, calibrations: dict) -> dict:
+def _costs(folders: dict[str, Path], calibrations: dict) -> dict:
     """{"seconds", "peak_bytes"} of a run's stages; its calibration goes into `calibrations`."""
-    folders = {stage: RunDir(entry.run_dir).stage(stage) for stage in STAGES}
-    if done:
-        folders = {stage: Path(found["folder"]) for stage, found in done["stages"].items()}
     manifests = {stage: read_manifest(folder) for stage, folder in folders.items()}
     there = {stage: m for stage, m in manifests.items() if m is not None}
     if "calibrate" in there:
@@ -303,30 +274,3 @@ def _read(path: Path) -> dict | None:
     except (OSError, ValueError):  # none yet, or not ours: it is made again
         return None
     return found if isinstance(found, dict) else None
-
-
-def _is_run(name: str) -> bool:
-    """A folder is a run, unless it only shares its name with a shipped recipe."""
-    path = Path(name)
-    if (path / pipeline.RECIPE).is_file():
-        return True
-    return path.is_dir() and name not in recipe_yaml.shipped()
-
-
-def _split(changes: str) -> list[str]:
-    """`a=1,b=[x,y]` -> ["a=1", "b=[x,y]"]: commas within brackets belong to a value."""
-    found, depth = [""], 0
-    for letter in changes:
-        depth += (letter in "[{") - (letter in "]}")
-        if letter == "," and depth == 0:
-            found.append("")
-        else:
-            found[-1] += letter
-    return [change.strip() for change in found if change.strip()]
-
-
-def _slug(change: str) -> str:
-    """An override as a piece of a folder's name: `method=rtn` -> rtn, `a.b=.1` -> a.b-.1."""
-    key, _, value = change.partition("=")
-    text = value if key == "method" else f"{key}-{value}"
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text.strip())

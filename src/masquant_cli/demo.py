@@ -7,7 +7,8 @@ samples. One calibration serves them all, because it depends on neither the meth
 from pathlib import Path
 
 from masquant_cli import recipe_yaml
-from masquant_cli.compare import Entry, compare
+from masquant_cli.compare import compare
+from masquant_cli.entries import Entry
 from masquant_cli.errors import RecipeError
 from masquant_cli.progress import Progress
 from masquant_cli.recipe import Recipe

@@ -29,12 +29,16 @@ def compare(
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="At most this many per task.")] = None,
     float_: Annotated[bool, typer.Option("--float", help="A row for the float model.")] = False,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Score rows that were calibrated on, too.")
+    ] = False,
     json: Json = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Several recipes or runs on the same samples: scores, damage and cost."""
 
     def work(progress) -> dict[str, Any]:
-        from masquant_cli.compare import compare, entries
+        from masquant_cli.compare import compare
+        from masquant_cli.entries import entries
 
         names = [name.strip() for name in (methods or "").split(",") if name.strip()]
         chosen = entries(rows, run_root=run_root, methods=names, overrides=set_ or ())
@@ -43,6 +47,7 @@ def compare(
             evaluation=narrowed(chosen[0].recipe, task or (), samples).evaluation,
             with_float=float_,
             run_root=run_root,
+            allow_overlap=allow_overlap,
             progress=progress,
         )
 
