@@ -12,8 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from masquant_cli.data.benchmarks import reading_of
-from masquant_cli.data.inputs import encode, encode_scored
+from masquant_cli.data.chat import kinds_of
+from masquant_cli.data.inputs import encode, encode_scored, tokenizer_of
 from masquant_cli.data.samples import Sample, content_hashes, lighten, load_samples, restore
+from masquant_cli.errors import RecipeError
 from masquant_cli.progress import NullProgress, Progress
 from masquant_cli.recipe import Evaluation, Modality, Task
 from masquant_cli.stages import scoring, windows
@@ -87,6 +89,7 @@ def prepare(
 ) -> Prepared:
     """Load and encode a task's samples, in batches of similar length; those whose key is `known`
     are not encoded, as they have an answer already. Raises RecipeError."""
+    _refuse_media_for_text_models(task, processor)
     if task.window is not None:
         made = windows.cut(task, processor, modalities=modalities, seed=seed)
         parts = [
@@ -174,6 +177,17 @@ def _first(
 def reference(task: Task, sample: Sample) -> Any:
     """What the sample's row expects, see `scoring.reference`."""
     return scoring.reference(task, sample.row, sample.where)
+
+
+def _refuse_media_for_text_models(task: Task, processor) -> None:
+    kinds = (*kinds_of(task.source.messages), *reading_of(task).kinds)
+    if kinds and processor is tokenizer_of(processor):
+        raise RecipeError(
+            f"task {task.name!r} shows {' and '.join(dict.fromkeys(kinds))}, and the model reads "
+            "text alone",
+            where=f"dataset {task.source.dataset}",
+            hint="leave the task out, or use a model of that modality",
+        )
 
 
 def _size(sample: Sample) -> tuple[int, int]:
