@@ -42,7 +42,8 @@ MAY_IMPORT = {
     "cli": {
         *("errors", "benchmarks", "recipe", "recipe_yaml"),
         *("pipeline", "entries", "compare", "demo", "report", "masquant_kernels", "bench"),
-    , "inspect"},
+        "inspect",
+    },
     "__main__": {"cli"},
     "__init__": {"models", "runtime"},
 }

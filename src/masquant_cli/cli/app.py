@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from masquant_cli import __version__
-from masquant_cli.cli import bench, compare, report
+from masquant_cli.cli import bench, compare, inspect, report
 from masquant_cli.cli.common import (
     Against,
     Config,
@@ -137,6 +137,7 @@ def evaluate(
 
 
 app.command("compare")(compare.compare)
+app.command("inspect")(inspect.inspect)
 
 
 @app.command()
