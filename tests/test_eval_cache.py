@@ -114,6 +114,18 @@ def test_an_interruption_keeps_what_was_answered(task, processor, tmp_path):
     assert len(lines(tmp_path / "c")) == 7
 
 
+def test_inputs_made_beforehand_use_the_cache_too(task, processor, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(task, processor, tmp_path / "c", progress=Interrupting("evaluate ocr", 2))
+    prepared = [stage.prepare(task, processor, **WORDS, batch_size=3)]
+    progress = Notes()
+    result, asked = run(task, processor, tmp_path / "c", prepared=prepared, progress=progress)
+    # Two are known; a batch that holds an unknown one is answered whole.
+    assert 5 <= len(asked) <= 7 and progress.units == 7
+    assert result == run(task, processor, None)[0]
+    assert run(task, processor, tmp_path / "c", prepared=prepared) == (result, [])
+
+
 def test_a_line_cut_short_is_generated_again_and_spoils_no_other(task, processor, tmp_path):
     first, _ = run(task, processor, tmp_path / "c")
     (path,) = (tmp_path / "c").glob("*.jsonl")

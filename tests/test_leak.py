@@ -12,6 +12,7 @@ from masquant_cli.data.samples import content_hashes, load_samples
 from masquant_cli.errors import ArtifactError, CheckError
 from masquant_cli.models.resolve import resolve
 from masquant_cli.recipe import Source
+from masquant_cli.rundir import RunDir, calibration_of
 from masquant_cli.stages.leak import calibrated_on
 
 MODALITIES = ("text", "vision", "audio")
@@ -47,6 +48,17 @@ def test_no_finished_calibration_no_hashes(tmp_path, run_dir):
     (tmp_path / "samples.json").write_text('{"samples": []}')
     with pytest.raises(ArtifactError, match="gone or were changed"):
         calibrated_on(tmp_path)
+
+
+def test_a_reused_calibration_is_asked(run_dir, tmp_path, capsys):
+    pipeline.run(small(), tmp_path / "other", until="calibrate", reuse=[run_dir])
+    other = RunDir(tmp_path / "other")
+    assert not other.stage("calibrate").exists()
+    assert calibration_of(other) == (run_dir / "calibrate").resolve()
+    assert app.main(command(other.path, tmp_path)) == 1
+    assert "10 of 12" in capsys.readouterr().err
+    pipeline.run(small("seed=5"), other.path, until="calibrate", reuse=[run_dir])
+    assert calibration_of(other) == other.stage("calibrate")
 
 
 def samples(path, rows: list[dict], *messages) -> list:

@@ -22,6 +22,7 @@ from masquant_cli.rundir import (
     file_sha256,
     fingerprint,
     read_manifest,
+    remember_calibration,
     reopen,
     versions,
     write_json,
@@ -76,6 +77,8 @@ def run(
                 manifest = read_manifest(step.folder)
             upstream = fingerprint(manifest.outputs)
             job.finished[step.stage] = (step.folder, manifest)
+            if step.stage == "calibrate":
+                remember_calibration(run, step.folder)
             done[step.stage] = {
                 "state": "cached" if cached else "done",
                 "seconds": manifest.seconds,

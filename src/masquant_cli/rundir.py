@@ -123,6 +123,24 @@ def reopen(stage_dir: Path) -> None:
     (stage_dir / "manifest.json").unlink(missing_ok=True)
 
 
+def remember_calibration(run: RunDir, folder: Path) -> None:
+    """Note whose calibrate stage a run used, when it is another run's."""
+    note = run.path / "calibrated_by.json"
+    if folder.resolve() == run.stage("calibrate").resolve():
+        note.unlink(missing_ok=True)
+    else:
+        write_json(note, {"folder": str(folder.resolve())})
+
+
+def calibration_of(run: RunDir) -> Path:
+    """The folder of the calibrate stage that a run used, its own or a reused one."""
+    try:
+        note = json.loads((run.path / "calibrated_by.json").read_text())
+        return Path(note["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return run.stage("calibrate")
+
+
 def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from masquant_cli.data.inputs import model_inputs, tokenizer_of
 from masquant_cli.progress import NullProgress, Progress
-from masquant_cli.recipe import Evaluation, Modality
+from masquant_cli.recipe import Evaluation, Modality, Task
 from masquant_cli.stages import leak, scoring
 from masquant_cli.stages.eval_cache import Cache, facts_of, open_cache
 from masquant_cli.stages.finite import finite_or_fail
 from masquant_cli.stages.prepare import Batch, Prepared, batches, prepare, prepare_all
+
+Answers = Iterator[tuple[Batch, list[dict]]]  # a record per row of the batch
 
 __all__ = ["Prepared", "evaluate", "prepare", "prepare_all", "score"]
 
@@ -108,21 +110,24 @@ def score(
     progress = progress or NullProgress()
     task, keys = prepared.task, prepared.keys
     records = dict(cache.records) if cache else {}
+    known = frozenset(records)
     progress.stage(f"evaluate {task.name}", len(keys), "samples")
-    if known := sum(key in records for key in keys):
-        progress.note(f"{known} of {len(keys)} samples were answered before")
-        progress.advance(known)
+    if old := sum(key in known for key in keys):
+        progress.note(f"{old} of {len(keys)} samples were answered before")
+        progress.advance(old)
     answer = _nats if task.metric == "perplexity" else _texts
     with torch.no_grad(), greedy(model):
-        for batch, found in answer(model, processor, prepared, progress):
+        todo = batches(prepared, processor, known=known)
+        for batch, found in answer(model, processor, task, todo, progress):
             lines = [
                 {"key": keys[row], **_shown(prepared, row, record)}
                 for row, record in zip(batch.order, found, strict=True)
             ]
             if cache is not None:
                 cache.add(lines)
+            new = sum(line["key"] not in known for line in lines)
             records |= {line["key"]: line for line in lines}
-            progress.advance(len(lines), tokens=int(batch.inputs["attention_mask"].sum()))
+            progress.advance(new, tokens=int(batch.inputs["attention_mask"].sum()))
     mine = [records[key] for key in keys]
     if task.metric == "perplexity":
         pairs = [(record["nats"], record["tokens"]) for record in mine]
@@ -149,13 +154,13 @@ def _shown(prepared: Prepared, row: int, record: dict) -> dict:
     return record | shown
 
 
-def _nats(model, processor, prepared: Prepared, _progress) -> Iterator[tuple[Batch, list[dict]]]:
+def _nats(model, _processor, task: Task, todo: Iterator[Batch], _progress) -> Answers:
     """Batches with {"nats", "tokens"} per sample: -sum ln p over the scored tokens."""
-    for batch in batches(prepared, processor):
+    for batch in todo:
         inputs = model_inputs(model, batch.inputs)
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         scored = batch.scored[:, 1:].to(logits.device)
-        finite_or_fail(logits[scored], f"task {prepared.task.name}")
+        finite_or_fail(logits[scored], f"task {task.name}")
         targets = inputs["input_ids"][:, 1:][scored]
         loss = torch.nn.functional.cross_entropy(logits[scored].float(), targets, reduction="none")
         sums = torch.zeros(len(scored), 2, dtype=torch.float64)
@@ -165,24 +170,24 @@ def _nats(model, processor, prepared: Prepared, _progress) -> Iterator[tuple[Bat
         yield batch, [{"nats": n, "tokens": int(count)} for n, count in sums.tolist()]
 
 
-def _texts(model, processor, prepared: Prepared, progress) -> Iterator[tuple[Batch, list[dict]]]:
+def _texts(model, processor, task: Task, todo: Iterator[Batch], progress) -> Answers:
     """Batches with {"prediction"} per sample, generated greedily."""
     import transformers
 
     tokenizer = tokenizer_of(processor)
-    what = f"task {prepared.task.name}"
+    what = f"task {task.name}"
 
     def watch(_ids: Tensor, scores: Tensor) -> Tensor:
         finite_or_fail(scores, what)
         return scores
 
     processors = transformers.LogitsProcessorList([watch])
-    for batch in batches(prepared, processor):
+    for batch in todo:
         inputs = model_inputs(model, batch.inputs)
         tokens = model.generate(
             **inputs,
             do_sample=False,
-            max_new_tokens=prepared.task.max_new_tokens,
+            max_new_tokens=task.max_new_tokens,
             logits_processor=processors,
         )
         new = tokens[:, inputs["input_ids"].shape[1] :]

@@ -11,7 +11,7 @@ from masquant_cli.errors import RecipeError
 from masquant_cli.models.loading import Loaded, load_float
 from masquant_cli.progress import Progress
 from masquant_cli.recipe import Model, Recipe
-from masquant_cli.rundir import RunDir, write_json
+from masquant_cli.rundir import RunDir, calibration_of, write_json
 from masquant_cli.runtime import load_quantized
 from masquant_cli.stages import leak, model_fingerprint
 from masquant_cli.stages.bench import bench
@@ -42,9 +42,9 @@ def evaluate_folder(
     for task in recipe.evaluation.tasks:  # before anything large is loaded
         refuse_kinds(task.source, recipe.modalities, reading_of(task))
     quantized = is_quantized(folder)
-    calibrated = leak.calibrated_on(run.stage("calibrate"))
+    calibrated = leak.calibrated_on(calibration_of(run))
     if calibrated is None and run.stage("export").exists():
-        progress.warn("this run's calibration is elsewhere: overlap with it is not checked")
+        progress.warn("this run's calibration is gone: overlap with it is not checked")
     fingerprint = model_fingerprint(Model(path=str(folder)))
     float_model = None
     if quantized:

@@ -130,9 +130,11 @@ def prepare(
     return Prepared(task, tuple(parts), tuple(references), tuple(keys), seed, tuple(shown))
 
 
-def batches(prepared: Prepared, processor) -> Iterator[Batch]:
-    """The task's batches, encoding those that were not kept."""
+def batches(prepared: Prepared, processor, *, known: Collection[str] = ()) -> Iterator[Batch]:
+    """The task's batches, encoding those that were not kept, without those that are `known`."""
     for part in prepared.parts:
+        if all(prepared.keys[row] in known for row in part.order):
+            continue
         if isinstance(part, Batch):
             yield part
         else:
