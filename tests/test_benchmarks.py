@@ -1,5 +1,6 @@
 """Every benchmark on rows with the hub's columns: what is asked, expected and scored."""
 
+import json
 import math
 import re
 from types import SimpleNamespace
@@ -11,10 +12,12 @@ from benchmark_rows import picture, sound, write
 
 from masquant_cli import recipe_yaml
 from masquant_cli.benchmarks import BENCHMARKS
+from masquant_cli.cli import app
 from masquant_cli.cli.common import narrowed
 from masquant_cli.data.audio import decode_audio
 from masquant_cli.data.media import decode_image
 from masquant_cli.errors import RecipeError
+from masquant_cli.models.resolve import resolve
 from masquant_cli.recipe import Evaluation, Task
 from masquant_cli.stages import evaluate as stage
 from masquant_cli.stages.fidelity import draw
@@ -458,3 +461,49 @@ def test_fidelity_forces_one_answer_of_a_task(tmp_path, mmmu):
     drawn = draw(Evaluation(tasks=tasks, fidelity_samples=9), **WORDS)
     forced = [sample.messages[-1]["content"][0]["text"] for sample in drawn]
     assert forced == ["B", "a", "8.5", "12"]
+
+
+# --- the whole command, on a real model
+
+
+def test_eval_of_every_benchmark_at_once(tmp_path, capsys):
+    """Scores mean nothing here: that every row goes through a real processor and model does."""
+    mc = {"question": "Which?", "options": ["x", "y"], "answer": "x"}
+    pair = {"audio": sound(1), "image": picture(1)}
+    rows = {
+        "librispeech-test-other": [{"audio": sound(i), "text": "ONE TWO"} for i in range(3)],
+        "wenetspeech-test-net": [{"audio": sound(1), "text": "你好"}],
+        "ocrbench": [{"dataset": "d", "question": "q", "image": picture(1), "answer": ["7"]}],
+        "textvqa": [{"question": "q", "image": picture(2), "answers": ["red"] * 10}],
+        "vizwiz": [{"question": "q", "image": picture(3), "answers": ["red"] * 10}],
+        "scienceqa": [
+            {"question": "q", "image": image, "choices": ["a", "b"], "answer": 0, "hint": ""}
+            for image in (picture(4), None)
+        ],
+        "mmmu": [
+            {"question": "<image 1>?", "options": "['<image 2>', 'b']", "answer": "B",
+             "image_1": picture(5), "image_2": picture(6), "question_type": "multiple-choice"},
+            {"question": "How many", "options": "[]", "answer": "3", "question_type": "open"},
+        ],
+        "omnibench": [mc | pair],
+        "wikitext2": [{"text": "seven plus two is nine and that is all . "}] * 9,
+    }  # fmt: skip
+    lines = []
+    for name, content in rows.items():
+        path = write(tmp_path / f"{name}.parquet", name, content)
+        more = ", window: 24" if name == "wikitext2" else ", max_new_tokens: 4"
+        lines.append(f"    - {{benchmark: {name}, dataset: {path}{more}}}\n")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"extends: tiny-omni-w4a8\nname: all\nevaluation:\n  tasks:\n{''.join(lines)}"
+    )
+    model = str(resolve(recipe_yaml.load("tiny-omni-w4a8").model))
+    argv = ["eval", "-c", str(recipe), "--run-dir", str(tmp_path / "run"), "--model", model]
+    assert app.main([*argv, "--json"]) == 0
+    tasks = json.loads(capsys.readouterr().out)["tasks"]
+    assert {n: t["metric"] for n, t in tasks.items()} == {n: BENCHMARKS[n]["metric"] for n in rows}
+    assert tasks.pop("wikitext2")["n"] >= 3
+    assert {n: t["n"] for n, t in tasks.items()} == {n: len(rows[n]) for n in tasks}
+    assert app.main(argv) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in rows) and "0.0%" in table

@@ -310,6 +310,8 @@ def test_fidelity_matches_one_sample_at_a_time(data, processor, model, small):
     for i, name in enumerate(MODALITIES):
         assert result["sqnr_db"][name] == pytest.approx(float(local[i]), abs=0.01)
         assert result["sqnr_end_db"][name] == pytest.approx(float(decibel["lm_head"][i]), abs=0.01)
+        by_linear = {n: found[name] for n, found in result["sqnr_db_by_linear"].items()}
+        assert by_linear == pytest.approx({n: float(decibel[n][i]) for n in linears}, abs=0.01)
         assert result["kl"][name] == pytest.approx(np.mean(kl[name]), rel=1e-3)
         assert result["flip_rate"][name] == pytest.approx(np.mean(flips[name]))
     # Four tasks in turn, two samples of each; the last task counts under both.
@@ -362,6 +364,8 @@ def test_modalities_without_tokens_are_none(data, processor, model, small):
     for key in ("sqnr_db", "sqnr_end_db", "kl", "flip_rate"):
         assert result[key]["text"] is not None
         assert result[key]["vision"] is result[key]["audio"] is None
+    for found in result["sqnr_db_by_linear"].values():
+        assert found["text"] is not None and found["vision"] is found["audio"] is None
 
 
 def test_evaluate_adds_fidelity_given_the_float_model(data, processor, model, small):

@@ -59,6 +59,12 @@ def test_eval_scores_the_runs_export(finished, judged):
     for key in ("sqnr_db", "sqnr_end_db", "kl", "flip_rate"):
         assert set(judged[key]) == MODALITIES and None not in judged[key].values(), key
     assert all(10 < db < 60 for db in judged["sqnr_db"].values())
+    by_linear = judged["sqnr_db_by_linear"]
+    assert sum(name.endswith("layers.0.self_attn.q_proj") for name in by_linear) == 1
+    mean = sum(found["audio"] for found in by_linear.values()) / len(by_linear)
+    assert mean == pytest.approx(judged["sqnr_db"]["audio"])
+    assert json.loads((finished / "eval/result.json").read_text()) == judged
+    assert {t["overlap"] for t in judged["tasks"].values()} == {0}
     # Correct answers survive W4A8; wrong scales or a wrong prompt would lose them.
     accuracies = [t["value"] for t in judged["tasks"].values() if t["metric"] == "accuracy"]
     assert sum(accuracies) / len(accuracies) > 60
