@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from masquant_kernels.quantizers import dequantize_weight, quantize_weight
 from torch import Tensor
 
-from masquant_cli.algo.linear import fake_quant_rows, fake_quant_weight
+from masquant_cli.algo.linear import fake_quant_rows
 from masquant_cli.algo.low_rank import (
     LowRank,
     best_low_rank,
@@ -80,13 +81,19 @@ def own_weight_db(weight: Tensor, scale: Tensor, rows: Tensor, bits: Bits) -> fl
     is what uniform smoothing gives.
     """
     wanted = rows @ weight.T
-    got = fake_quant_rows(rows / scale, bits.activation) @ _quantize(weight * scale, bits).T
+    got = fake_quant_rows(rows / scale, bits.activation) @ rounded(weight * scale, bits).T
     return _db(wanted, wanted - got)
+
+
+def rounded(weight: Tensor, bits: Bits, integers: Tensor | None = None) -> Tensor:
+    """`weight [out, in]` after rounding to nearest, or to `integers [out, in]` on the same grid."""
+    nearest = quantize_weight(weight, bits.weight, bits.group_size, bits.symmetric)
+    return dequantize_weight(nearest if integers is None else nearest._replace(q=integers))
 
 
 def rank_curve(
     weight: Tensor,
-    base_scale: Tensor,
+    base: Tensor,
     scale: Tensor,
     heldout: Tensor,
     ratios: Sequence[float],
@@ -97,11 +104,10 @@ def rank_curve(
 ) -> RankCurve:
     """Eq. 29 at the rank int(ratio * min(out, in)) of each ratio, activations quantized.
 
-    weight [out, in]; base_scale, scale [in] of the base and of the modality; heldout [n, in]
-    judges. The correction is found from exactly one of `gram` [in, in] (of unsmoothed inputs, to
-    any constant factor) and `rows` [k, in]; past k columns it has nothing to add.
+    weight [out, in]; base [out, in] is the shared Q(W s_0); scale [in] is the modality's; heldout
+    [n, in] judges. The correction is found from exactly one of `gram` [in, in] (of unsmoothed
+    inputs, to any constant factor) and `rows` [k, in]; past k columns it has nothing to add.
     """
-    base = _quantize(weight * base_scale, bits)
     delta = weight * scale - base
     ranks = tuple(int(ratio * min(weight.shape)) for ratio in ratios)
     inputs = {"rows": rows / scale} if rows is not None else {"gram": smoothed_gram(gram, scale)}
@@ -123,10 +129,6 @@ def rank_curve(
         effective_unwhitened=effective_rank(plain.singular_values),
         effective_whitened=effective_rank(whitened.singular_values),
     )
-
-
-def _quantize(weight: Tensor, bits: Bits) -> Tensor:
-    return fake_quant_weight(weight, bits.weight, bits.group_size, bits.symmetric)
 
 
 def _db(signal: Tensor, noise: Tensor) -> float:

@@ -139,11 +139,21 @@ def _curve_key(figure: Figure, kinds: Sequence[str], narrow: bool, first: Sequen
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, handlelength=4)
 
 
-def trade_off(points: Sequence[Point], units: Mapping[str, str], *, narrow: bool) -> Figure:
-    """Scores against bits per weight, a panel per score: units {what: label of its axis}."""
+def trade_off(
+    points: Sequence[Point],
+    units: Mapping[str, str],
+    references: Mapping[str, Mapping[str, float]],
+    *,
+    narrow: bool,
+) -> Figure:
+    """Scores against bits per weight, a panel per score: units {what: label of its axis}.
+
+    references {label: {what: value}} have no such size and are lines across.
+    """
     columns = min(2 if narrow else 3, len(units))
     rows = -(-len(units) // columns)
-    key = 0.2 * (len(points) if narrow else -(-len(points) // 3)) + 0.2
+    named = len(points) + len(references)
+    key = 0.2 * (named if narrow else -(-named // 3)) + 0.2
     figure, axes = style.panels(rows, columns, narrow=narrow, height=2.2, legend=key)
     for spare in axes[len(units) :]:
         spare.set_visible(False)
@@ -159,13 +169,17 @@ def trade_off(points: Sequence[Point], units: Mapping[str, str], *, narrow: bool
             mark = {**look, "linestyle": "none"}
             panel.plot(point.bits_per_weight, value, color=style.INK, **mark)
         _ladders(panel, points, what)
+        for values in references.values():
+            if what in values:
+                panel.axhline(values[what], color=style.INK, linestyle=style.DASHED, linewidth=1)
         style.title(panel, what, what.removeprefix("SQNR ") if what.startswith("SQNR ") else None)
         panel.set_ylabel(unit)
         panel.margins(x=0.12, y=0.15)
     for panel in axes[max(0, len(units) - columns) : len(units)]:
         panel.set_xlabel("bits per weight")
     keyed = [{**s, "linestyle": "none"} for s in styles]
-    style.method_key(figure, [p.label for p in points], keyed, narrow)
+    keyed += [{"linestyle": style.DASHED, "linewidth": 1} for _ in references]
+    style.method_key(figure, [*(p.label for p in points), *references], keyed, narrow)
     return figure
 
 

@@ -1,16 +1,18 @@
 """From runs to what figures and tables show. Pure functions of `Run`; nothing is drawn here."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import get_args
 
 from torch import Tensor, cat
 
 from masquant_cli.algo.curves import dominance, misalignment_db, range_ratios
-from masquant_cli.recipe import SITE_KINDS
+from masquant_cli.recipe import SITE_KINDS, Modality
 from masquant_cli.report.comparisons import Point
 from masquant_cli.report.gather import Run, Site
 from masquant_cli.rundir import fingerprint
 
 HIGHER_IS_BETTER = {"accuracy": True, "wer": False, "perplexity": False}
+PER_MODALITY = ("sqnr_db", "sqnr_end_db", "kl", "flip_rate")
 UNIT = {"accuracy": "accuracy (%)", "wer": "WER (%)", "perplexity": "perplexity"}
 
 
@@ -27,7 +29,7 @@ def comparison(run: Run) -> dict:
         "recipe": run.recipe.get("name"),
         "run_dir": str(run.path),
         "tasks": found.get("tasks") or {},
-        **{key: found.get(key) or {} for key in ("sqnr_db", "sqnr_end_db", "kl", "flip_rate")},
+        **{key: _in_order(found.get(key)) for key in PER_MODALITY},
         "sqnr_db_by_linear": found.get("sqnr_db_by_linear"),
         # `float` counts two bytes for each weight.
         "bits_per_weight": 16 * quantized / dense if quantized and dense else None,
@@ -38,9 +40,16 @@ def comparison(run: Run) -> dict:
     }
 
 
+def _in_order(by_modality: Mapping[str, float | None] | None) -> dict[str, float | None]:
+    """As modalities are listed everywhere else; JSON files sort their keys."""
+    known = by_modality or {}
+    return {m: known[m] for m in get_args(Modality) if m in known}
+
+
 def sqnr_source(runs: Sequence[Run]) -> str:
-    """ "measured" where every run was evaluated, else "held-out": the two are never mixed."""
-    return "measured" if runs and all(run.measured for run in runs) else "held-out"
+    """ "measured" where every smoothed run was evaluated, else "held-out": never a mix."""
+    smoothed = [run for run in runs if run.heldout or run.measured]
+    return "measured" if smoothed and all(run.measured for run in smoothed) else "held-out"
 
 
 def site_sqnr(run: Run, source: str) -> Mapping[Site, Mapping[str, float]]:
@@ -133,6 +142,12 @@ def effective_ranks(run: Run, which: str) -> dict[str, dict[str, dict[int, float
             if (value := note.get(f"effective_rank_{which}")) is not None:
                 found.setdefault(kind, {}).setdefault(modality, {})[layer] = value
     return {kind: found[kind] for kind in SITE_KINDS if kind in found}
+
+
+def references(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """Scores of evaluations without a quantized model (float): {label: {task: value}}."""
+    rows = [comparison(run) for run in runs if run.evaluation and not run.stages]
+    return {r["name"]: {task: t["value"] for task, t in r["tasks"].items()} for r in rows}
 
 
 def points(runs: Sequence[Run]) -> tuple[list[Point], dict[str, str]]:

@@ -19,7 +19,15 @@ from masquant_cli import shards
 from masquant_cli.errors import ArtifactError, RecipeError
 from masquant_cli.models.families import FAMILIES
 from masquant_cli.recipe import Model
-from masquant_cli.rundir import STAGES, Manifest, damaged_output, fingerprint, read_manifest
+from masquant_cli.rundir import (
+    STAGES,
+    Manifest,
+    RunDir,
+    calibration_of,
+    damaged_output,
+    fingerprint,
+    read_manifest,
+)
 from masquant_cli.stages import model_fingerprint
 
 Site = tuple[int, str]  # decoder layer, site kind
@@ -225,11 +233,12 @@ def _calibration(
     if smooth is None:
         return (path / "calibrate", own) if own else None
     beside = sorted(p for p in path.absolute().parent.iterdir() if p.is_dir())
-    for other in (path, *map(Path, reuse), *beside):
+    others = (other / "calibrate" for other in (*map(Path, reuse), *beside))
+    for folder in (path / "calibrate", calibration_of(RunDir(path)), *others):
         with contextlib.suppress(ArtifactError):  # a damaged stranger is no concern of this run
-            manifest = read_manifest(other / "calibrate")
+            manifest = read_manifest(folder)
             if manifest and fingerprint(manifest.outputs) == smooth.upstream:
-                return other / "calibrate", manifest
+                return folder, manifest
     return None
 
 
@@ -269,7 +278,9 @@ def _compensate_notes(stages: dict) -> dict[Site, dict[str, dict]]:
     found: dict[Site, dict[str, dict]] = {}
     for layer, notes in _notes(stages, "compensate").items():
         for key, note in notes.items():
-            kind, modality = key.split(".", 1)
+            kind, _, modality = key.partition(".")
+            if not modality:  # how the site's base weight was rounded
+                continue
             found.setdefault((layer, kind), {})[modality] = note
     return found
 

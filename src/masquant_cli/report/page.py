@@ -1,5 +1,6 @@
 """The HTML page: what the template is given, and how numbers are written."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,15 +77,24 @@ def render(
         light=_variables(style.VARIABLE),
         tables=tables(rows(runs)),
         summary=summary(runs),
-        figures=[_figure(part, inline) for part in parts if isinstance(part, Drawing)],
+        blocks=_blocks([part for part in parts if isinstance(part, Drawing)], inline),
         absent=[part for part in parts if isinstance(part, Absent)],
         runs=[_about(run) for run in runs],
     )
 
 
-def _figure(drawing: Drawing, inline: Mapping[str, Mapping[str, str]]) -> dict:
-    pictures = {which: Markup(svg) for which, svg in inline[drawing.name].items()}
-    return {"drawing": drawing, **pictures}
+def _blocks(drawings: Sequence[Drawing], inline: Mapping[str, Mapping[str, str]]) -> list[dict]:
+    """What stands on the page one under the other: a figure, or a fold of several."""
+    return [
+        {
+            "folded": folded,
+            "figures": [
+                {"drawing": d, **{which: Markup(svg) for which, svg in inline[d.name].items()}}
+                for d in group
+            ],
+        }
+        for folded, group in itertools.groupby(drawings, key=lambda d: d.folded)
+    ]
 
 
 def _variables(colours: Mapping[str, str]) -> str:
@@ -113,27 +123,29 @@ def tables(found: Sequence[dict]) -> list[dict]:
         for key, group, form, higher in DISTANCES
         for modality in modalities
     ]
-    names = [row["name"] for row in found]
-    return [table for columns in (scores, distances) if (table := _table(names, columns))]
+    return [table for columns in (scores, distances) if (table := _table(found, columns))]
 
 
-def _table(names: Sequence[str], columns: Sequence[Column]) -> dict | None:
+def _table(found: Sequence[dict], columns: Sequence[Column]) -> dict | None:
     columns = [c for c in columns if any(value is not None for value in c.values)]
-    cells = [_cells(c.values, c.form, c.higher) for c in columns]
+    quantized = [row["method"] != "" for row in found]  # float is a reference, not a rival
+    cells = [_cells(c, quantized) for c in columns]
     groups = {c.group: sum(d.group == c.group for d in columns) for c in columns}
-    rows = [{"name": n, "cells": [c[i] for c in cells]} for i, n in enumerate(names)]
+    rows = [{"name": r["name"], "cells": [c[i] for c in cells]} for i, r in enumerate(found)]
     heads = [c.head for c in columns]
     return {"groups": list(groups.items()), "heads": heads, "rows": rows} if columns else None
 
 
-def _cells(values: Sequence, form: str, higher: bool | None) -> list[tuple[str, bool]]:
-    texts = [number(value, form) for value in values]
-    known = [value for value in values if value is not None]
-    if higher is None or len(known) < 2 or len({t for t in texts if t != NONE}) < 2:
-        return [(text, False) for text in texts]
-    best = number(max(known) if higher else min(known), form)  # ties as they are written
-    telling = 2 * texts.count(best) <= len(texts)  # what most reach sets no one apart
-    return [(text, telling and text == best) for text in texts]
+def _cells(column: Column, rivals: Sequence[bool]) -> list[tuple[str, bool]]:
+    texts = [number(value, column.form) for value in column.values]
+    pairs = zip(column.values, rivals, strict=True)
+    known = [value for value, rival in pairs if rival and value is not None]
+    best = None
+    if column.higher is not None and len(known) > 1:  # ties are equal as they are written
+        best = number(max(known) if column.higher else min(known), column.form)
+        if 2 * sum(number(value, column.form) == best for value in known) > len(known):
+            best = None  # what most reach sets no one apart
+    return [(text, rival and text == best) for text, rival in zip(texts, rivals, strict=True)]
 
 
 def number(value: float | None, form: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from masquant_cli.algo.curves import Bits, RankCurve, own_weight_db, rank_curve
+from masquant_cli.algo.curves import Bits, RankCurve, own_weight_db, rank_curve, rounded
 from masquant_cli.algo.smoothing import closed_form_scale, uniform_absmax
 from masquant_cli.errors import MasquantError
 from masquant_cli.models.resolve import resolve
@@ -90,6 +90,10 @@ def _site(run: Run, layer: int, kind: str, weight: Tensor, mbq: Run | None) -> S
         options.get("group_size"), options.get("symmetric", True),
     )  # fmt: skip
     share = (run.recipe.get("smoothing") or {}).get("heldout", 0.25)
+    integers = None
+    if own_scales(run):  # as the run rounded them, where that was not to nearest
+        integers = run.tensors("compensate", layer, f"{kind}.weight").get(f"{kind}.weight")
+    base = rounded(weight * scale[0], bits, integers)
     lines: dict[str, RankCurve] = {}
     levels: dict[str, dict[str, float]] = {}
     for m, modality in enumerate(run.modalities[1:], start=1):
@@ -98,7 +102,7 @@ def _site(run: Run, layer: int, kind: str, weight: Tensor, mbq: Run | None) -> S
         heldout, rest = rows[:judged], rows[judged:] if judged < len(rows) else rows
         gram = statistics.get(f"{kind}.{modality}.gram")
         seen = {"gram": gram} if gram is not None else {"rows": rest}
-        lines[modality] = rank_curve(weight, scale[0], scale[m], heldout, RATIOS, bits, **seen)
+        lines[modality] = rank_curve(weight, base, scale[m], heldout, RATIOS, bits, **seen)
         levels[modality] = {
             MAS: own_weight_db(weight, scale[m], heldout, bits),
             UNIFORM: own_weight_db(weight, uniform, heldout, bits),

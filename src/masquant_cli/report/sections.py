@@ -15,13 +15,13 @@ from masquant_cli.rundir import fingerprint
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure: `draw(narrow=...)` makes it. `folded`: shown on demand only."""
+    """One figure: `draw(narrow=...)` makes it. Those with one `folded` title open together."""
 
     name: str  # of its files
     title: str
     caption: str
     draw: Callable[..., Figure]
-    folded: bool = False
+    folded: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def _trade_off(runs: Sequence[Run]) -> Drawing | Absent:
     points, units = data.points(runs)
     if not points:
         return Absent(title, "No run has both an export and an evaluation of it.")
-    left_out = [r.label for r in runs if r.label not in {p.label for p in points}]
+    references = data.references(runs)
+    shown = {*references, *(p.label for p in points)}
+    left_out = [r.label for r in runs if r.label not in shown]
     alone = " One run is one point; name several runs to see the trade." if len(points) == 1 else ""
     caption = (
         "Scores of the exported models against the bits they take per weight of the quantized "
@@ -57,7 +59,7 @@ def _trade_off(runs: Sequence[Run]) -> Drawing | Absent:
         "intervals; thin lines join runs that differ in rank alone. From each run's export and "
         f"eval/result.json.{alone}" + _left_out(left_out)
     )
-    draw = partial(comparisons.trade_off, points, units)
+    draw = partial(comparisons.trade_off, points, units, references)
     return Drawing("trade-off", title, caption, draw)
 
 
@@ -72,7 +74,7 @@ def _sqnr(runs: Sequence[Run]) -> Drawing | Absent:
     caption = (
         "Signal to quantization noise of a layer's linears, mean in dB; higher is better. "
         + _source_sentence(source, runs)
-        + _left_out([r.label for r in runs if r not in shown])
+        + _left_out([r.label for r in runs if r.stages and r not in shown])
     )
     draw = partial(comparisons.sqnr_per_layer, series, [r.method for r in shown], modalities)
     return Drawing("sqnr-per-layer", title, caption, draw)
@@ -106,6 +108,7 @@ def _site_errors(runs: Sequence[Run]) -> list[Drawing | Absent]:
         if value is not None
     ]
     limits = min(values), max(values)
+    others = f"{title}: {len(shown) - 1} more run{'s' if len(shown) > 2 else ''}"
     found: list[Drawing | Absent] = []
     for index, run in enumerate(shown):
         sites = data.site_sqnr(run, source)
@@ -120,7 +123,7 @@ def _site_errors(runs: Sequence[Run]) -> list[Drawing | Absent]:
         )
         draw = partial(figures.site_errors, sites, _modalities([run]), framed, limits)
         head = f"{title}: {run.label}" if len(shown) > 1 else title
-        found.append(Drawing(one, head, caption, draw, folded=index > 0))
+        found.append(Drawing(one, head, caption, draw, folded=others if index else ""))
     return found
 
 
@@ -209,7 +212,7 @@ def _ranks(runs: Sequence[Run], count: int, progress: Progress) -> list[Drawing 
     caption = (
         f"Mean over {len(sites)} sites ({', '.join(map(figures.site_name, sites))}) of the SQNR of "
         f"eq. 29 on held-out calibration rows, {run.bits} as in {run.label}, base weight rounded "
-        f"to nearest. CMC and plain SVD correct the shared weight with {scales}; MAS quantizes a "
+        f"as there. CMC and plain SVD correct the shared weight with {scales}; MAS quantizes a "
         "weight for every modality with the same scales and needs no rank; uniform smoothing "
         "takes eq. 11 for all."
     )
@@ -226,7 +229,7 @@ def _ranks(runs: Sequence[Run], count: int, progress: Progress) -> list[Drawing 
             "rank-curves-by-site", f"{title}, site by site",
             "The sites behind the means above. From the calibration's rows and Grams and the "
             "float checkpoint.",
-            partial(comparisons.rank_curves_by_site, each), folded=True,
+            partial(comparisons.rank_curves_by_site, each), folded=f"{title}, site by site",
         ),
     ]  # fmt: skip
 

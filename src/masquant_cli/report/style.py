@@ -128,9 +128,9 @@ def modality_key(
 
 
 def settled(figure: Figure) -> Figure:
-    """The figure with its layout found, which is most of the work of writing it, for good."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    """The figure with its layout found for good: most of the work of writing it."""
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine(None)
     return figure
 
 
