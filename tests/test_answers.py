@@ -81,6 +81,7 @@ OPTIONS = ["dog", "red", "dark red", "Paris"]
         ("Not B but C", "C"),
         ("A dog, hence B", "B"),
         ("A dog", "A"),  # the article says nothing, the option's text does
+        ("A red thing", "B"),
         ("it is dark red", "C"),
         ("red, or paris", "D"),
         ("E", None),

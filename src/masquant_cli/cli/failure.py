@@ -50,7 +50,7 @@ def explain(error: BaseException) -> Failure:
     if isinstance(error, MasquantError):
         return Failure(error.message, error.where, error.hint, error.exit_code)
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
-        hint = "run the same command again: finished layers and stages are kept"
+        hint = "run the same command again: finished layers, stages and answers are kept"
         return Failure("interrupted", None, hint, EXIT_INTERRUPTED)
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a Typer usage error
         context = getattr(error, "ctx", None)
