@@ -56,12 +56,16 @@ def solved(method, problem, **options):
 
 
 def test_a_method_is_one_file_and_one_line():
-    """The name `awq` stands in the file of that name and in recipe.Method, nowhere else."""
+    """The name `awq` stands in recipe.Method and nowhere else; its file has the rest.
+
+    Only the report's figures may know names: to draw the paper's with the paper's markers.
+    """
     for name in ("awq", "mbq", "text-scales"):
         holding = {
             path.relative_to(SRC).as_posix()
             for path in SRC.rglob("*.py")
-            if re.search(rf"[\"']{name}[\"']", path.read_text(encoding="utf-8"))
+            if path.parent.name != "report"
+            and re.search(rf"[\"']{name}[\"']", path.read_text(encoding="utf-8"))
         }
         assert holding == {"recipe.py"}, name
 
