@@ -156,6 +156,12 @@ def test_questions_with_ten_annotators(tmp_path, processor, name):
     assert (result["metric"], result["ci_method"]) == ("vqa", "bootstrap")
     low, high = result["ci"]
     assert low == pytest.approx(90) and high == pytest.approx(100)
+    model = Scripted(processor, {"brand": "A Nokia.", "Who": "no"})
+    rows = stage.score(model, processor, prepared(made, processor), predictions=True)["predictions"]
+    assert [(row["expected"], row["predicted"]) for row in rows] == [
+        ("lg", "A Nokia."), ("unanswerable", "no"),
+    ]  # fmt: skip
+    assert [row["score"] for row in rows] == [pytest.approx([0.9, 1]), [0, 1]]
 
 
 def test_scienceqa(tmp_path, processor):

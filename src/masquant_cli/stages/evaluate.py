@@ -101,7 +101,8 @@ def score(
     predictions: bool = False,
     cache: Cache | None = None,
 ) -> dict:
-    """{metric, value, n, ci: [lo, hi], ci_method} of one task, "predictions" if asked for.
+    """{metric, value, n, ci: [lo, hi], ci_method} of one task, "predictions" if asked for, with
+    every sample's (points, out of).
 
     What the metrics mean is in `scoring`; perplexity is exp(mean nats per token). Answers that
     `cache` holds are not generated again, new ones go there after every batch. Raises CheckError
@@ -138,8 +139,8 @@ def score(
     if predictions:
         expected = map(scoring.expected_text, prepared.references)
         result["predictions"] = [
-            {"key": key, "expected": wanted, "predicted": text}
-            for key, wanted, text in zip(keys, expected, texts, strict=True)
+            {"key": key, "expected": wanted, "predicted": text, "score": list(pair)}
+            for key, wanted, text, pair in zip(keys, expected, texts, pairs, strict=True)
         ]
     return result
 
