@@ -244,6 +244,30 @@ def test_effective_ranks_and_families(two, tmp_path):
     assert units["picture"] == "accuracy (%)" and units["SQNR audio"] == "dB"
 
 
+def test_float_is_a_reference_and_not_a_rival(two, tmp_path):
+    fake_runs.write(tmp_path / "run", "method=masquant")
+    fake_runs.evaluate(tmp_path / "run", ("text", "vision", "audio"), accuracy=99.0)
+    (tmp_path / "float").mkdir()
+    (tmp_path / "run" / "eval").rename(tmp_path / "float" / "eval")
+    fake_runs.evaluate(two[1], ("text", "vision", "audio"), accuracy=71.0)
+    try:
+        runs = gather([*two, tmp_path / "float"])
+        rows = page.rows(runs)
+        cells = [row["cells"][0] for row in page.tables(rows)[0]["rows"]]
+        assert cells == [("91.5", True), ("71.0", False), ("99.0", False)]
+        assert data.references(runs) == {"float": {"picture": 99.0, "speech": 7.25}}
+        assert data.sqnr_source(runs[:2]) == "measured"
+    finally:
+        fake_runs.evaluate(two[1], ("text", "vision", "audio"))
+
+
+def test_recipes_are_told_by_their_differences():
+    mine = {"method": "rtn", "weights": {"bits": 4, "symmetric": True}, "seed": 1}
+    other = {"method": "rtn", "weights": {"bits": 8, "symmetric": True}, "device": "cpu", "seed": 1}
+    assert page._differences(mine, other) == {"weights": {"bits": 4}, "device": None}
+    assert page._differences(mine, mine) is None
+
+
 # What is drawn
 
 
@@ -494,6 +518,7 @@ def test_a_run_that_lacks_much_still_has_a_report(overrides, options, absent, tm
     assert [part for part in found["missing"] if part["why"].startswith(absent)]
     text = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).text
     assert absent in text
+    assert "One evaluated run is one point" in text or "No run has both an export" in text
     assert not (tmp_path / "out" / "figures").exists()
 
 

@@ -13,8 +13,8 @@ from masquant_cli.report.figures import Site, site_name
 CURVES = {  # what rank curves compare, and its line
     "CMC": style.SOLID,
     "unwhitened SVD": style.DASHED,
-    "MAS, own weight per modality (eq. 21)": style.DASHDOT,
-    "MBQ": (0, (3, 1, 1, 1)),
+    "MAS, own weight per modality (eq. 21)": (0, (10, 3)),
+    "MBQ": style.DASHDOT,
     "uniform smoothing (eq. 11)": style.DOTTED,
 }
 

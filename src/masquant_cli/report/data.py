@@ -29,7 +29,7 @@ def comparison(run: Run) -> dict:
         "recipe": run.recipe.get("name"),
         "run_dir": str(run.path),
         "tasks": found.get("tasks") or {},
-        **{key: _in_order(found.get(key)) for key in PER_MODALITY},
+        **{key: in_order(found.get(key)) for key in PER_MODALITY},
         "sqnr_db_by_linear": found.get("sqnr_db_by_linear"),
         # `float` counts two bytes for each weight.
         "bits_per_weight": 16 * quantized / dense if quantized and dense else None,
@@ -40,7 +40,7 @@ def comparison(run: Run) -> dict:
     }
 
 
-def _in_order(by_modality: Mapping[str, float | None] | None) -> dict[str, float | None]:
+def in_order(by_modality: Mapping[str, float | None] | None) -> dict[str, float | None]:
     """As modalities are listed everywhere else; JSON files sort their keys."""
     known = by_modality or {}
     return {m: known[m] for m in get_args(Modality) if m in known}

@@ -53,13 +53,14 @@ def activation_ranges(
 
 
 def _ranges(axes, absmax: Tensor, modalities: Sequence[str], bins: int) -> None:
-    """Median (line) and extremes (band) over neighbouring channels, sorted by the widest range."""
+    """Median (line) and middle 80 % (band) of neighbouring channels, sorted by the widest range."""
     order = absmax.amax(0).argsort(descending=True, stable=True)
     parts = absmax[:, order].clamp_min(TINY).tensor_split(min(bins, absmax.shape[1]), dim=1)
     at = [100 * (i + 0.5) / len(parts) for i in range(len(parts))]
     for m, modality in enumerate(modalities):
         colour = style.MODALITY[modality]
-        low, middle, high = ([float(f(p[m])) for p in parts] for f in (_min, _median, _max))
+        bands = [p[m].quantile(torch.tensor([0.1, 0.5, 0.9])).tolist() for p in parts]
+        low, middle, high = zip(*bands, strict=True)
         axes.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(at, middle, color=colour, linewidth=1.2)
     _readable_log(axes.yaxis, axes.set_yscale)
@@ -78,18 +79,6 @@ def _readable_log(axis, set_scale: Callable[[str], None], form: str = "{:g}") ->
     axis.set_major_locator(LogLocator(subs=steps, numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda x, _: form.format(x)))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _min(x: Tensor) -> Tensor:
-    return x.min()
-
-
-def _max(x: Tensor) -> Tensor:
-    return x.max()
-
-
-def _median(x: Tensor) -> Tensor:
-    return x.quantile(0.5)
 
 
 def dominance(

@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from masquant_cli import __version__
+from masquant_cli.recipe import Recipe
 from masquant_cli.report import data, style
 from masquant_cli.report.gather import Run
 from masquant_cli.report.sections import Absent, Drawing
@@ -79,7 +80,7 @@ def render(
         summary=summary(runs),
         blocks=_blocks([part for part in parts if isinstance(part, Drawing)], inline),
         absent=[part for part in parts if isinstance(part, Absent)],
-        runs=[_about(run) for run in runs],
+        runs=[_about(run, next((r for r in runs if r.stages), run)) for run in runs],
     )
 
 
@@ -202,12 +203,12 @@ def summary(runs: Sequence[Run]) -> list[str]:
 
 
 def _modal_sqnr(run: Run) -> dict[str, float]:
-    found = (run.evaluation or {}).get("sqnr_db") or {}
+    found = data.in_order((run.evaluation or {}).get("sqnr_db"))
     return {modality: value for modality, value in found.items() if value is not None}
 
 
-def _about(run: Run) -> dict:
-    """A run's recipe, provenance and gaps."""
+def _about(run: Run, first: Run) -> dict:
+    """A run's recipe, provenance and gaps; what its recipe has unlike the first run's."""
     stages = []
     for name, (folder, manifest) in run.stages.items():
         stages.append(
@@ -244,14 +245,39 @@ def _about(run: Run) -> dict:
             if name.endswith(".safetensors")
         ]
         facts["exported weights"] = ", ".join(weights[:4]) + (" …" if len(weights) > 4 else "")
-    text = yaml.safe_dump(_set(run.recipe), sort_keys=False, allow_unicode=True, width=96)
+    differs = {} if run is first else _differences(_recipe(run), _recipe(first))
     return {
         "label": run.label,
         "missing": run.missing,
         "facts": facts,
         "stages": stages,
-        "yaml": text,
+        "yaml": _yaml(_recipe(run)) if run.stages else "",
+        "like": "" if run is first or not run.stages else first.label,
+        "differs": _yaml(differs) if differs else "",
     }
+
+
+def _recipe(run: Run) -> dict:
+    """As docs/recipes.md orders its keys, where this masquant knows them all."""
+    try:
+        whole = Recipe.model_validate(run.recipe).model_dump(mode="json")
+    except ValueError:
+        whole = run.recipe
+    return _set(whole)
+
+
+def _yaml(content: object) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=96)
+
+
+def _differences(mine: object, other: object) -> dict | None:
+    """What `mine` has that `other` has not or has otherwise; null stands for what it lacks."""
+    if mine == other:
+        return None
+    if not (isinstance(mine, Mapping) and isinstance(other, Mapping)):
+        return mine
+    keys = [key for key in {**other, **mine} if mine.get(key) != other.get(key)]
+    return {key: _differences(mine.get(key), other.get(key)) for key in keys}
 
 
 def _set(recipe: object) -> object:

@@ -49,18 +49,28 @@ def _trade_off(runs: Sequence[Run]) -> Drawing | Absent:
     points, units = data.points(runs)
     if not points:
         return Absent(title, "No run has both an export and an evaluation of it.")
+    if len(points) == 1:
+        return Absent(title, "One evaluated run is one point; name several runs to see the trade.")
     references = data.references(runs)
     shown = {*references, *(p.label for p in points)}
     left_out = [r.label for r in runs if r.label not in shown]
-    alone = " One run is one point; name several runs to see the trade." if len(points) == 1 else ""
     caption = (
         "Scores of the exported models against the bits they take per weight of the quantized "
         "linears: integers, scales, smoothing and low-rank factors. Vertical lines are 95 % "
         "intervals; thin lines join runs that differ in rank alone. From each run's export and "
-        f"eval/result.json.{alone}" + _left_out(left_out)
+        f"eval/result.json{_samples(runs)}." + _left_out(left_out)
     )
     draw = partial(comparisons.trade_off, points, units, references)
     return Drawing("trade-off", title, caption, draw)
+
+
+def _samples(runs: Sequence[Run]) -> str:
+    tasks = [t for run in runs for t in data.comparison(run)["tasks"].values()]
+    counts = sorted({t["n"] for t in tasks if t.get("n")})
+    if not counts:
+        return ""
+    several = f"{counts[0]:,} to {counts[-1]:,}" if len(counts) > 1 else f"{counts[0]:,}"
+    return f", {several} samples per task"
 
 
 def _sqnr(runs: Sequence[Run]) -> Drawing | Absent:
@@ -147,7 +157,7 @@ def _calibration(runs: Sequence[Run]) -> list[Drawing | Absent]:
     first = (
         "Largest magnitude of every input channel over all calibration tokens of a modality, "
         "channels sorted by their widest range; line: median of neighbouring channels, band: "
-        "their extremes; the lowest 1 % may lie below the axis. "
+        "the middle 80 % of them; the lowest 1 % may lie below the axis. "
     )
     if many:
         first += (
