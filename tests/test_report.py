@@ -14,6 +14,7 @@ from pathlib import Path
 
 import fake_runs
 import pytest
+import tiny_models
 import torch
 
 pytest.importorskip("matplotlib")
@@ -324,6 +325,16 @@ def test_ranges_are_sorted_by_the_widest():
     assert vision.get_ydata().tolist() == [2, 5, 3]
 
 
+def test_names_are_not_formulas():
+    with style.look():
+        figure = comparisons.sqnr_per_layer(
+            {"_a $x_1$ <b>": {"text": {0: 1.0}}}, ["rtn"], ["text"], narrow=True
+        )
+        text = style.inline(style.svg(style.settled(figure)), "p", 'said "so" & <thus>')
+    assert "_a $x_1$ &lt;b&gt;" in text
+    assert 'aria-label="said &quot;so&quot; &amp; &lt;thus>"' in text
+
+
 def test_heat_map_cells_and_frames():
     sqnr = {(0, "attn_in"): {"text": 5.0}, (3, "attn_in"): {"text": 20.0}}
     with style.look():
@@ -346,6 +357,21 @@ def test_float_weights_come_from_single_shards():
     site = find_sites(model)[2]["attn_in"]
     wanted = torch.cat([model.get_submodule(name).weight.detach() for name in site.linears])
     assert torch.equal(FloatWeights(folder).read(2, "attn_in"), wanted)
+
+
+def test_float_weights_of_a_sharded_checkpoint_with_other_names(tmp_path):
+    model = tiny_models.qwen2_5_vl()
+    model.save_pretrained(tmp_path, max_shard_size="120kB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    weights = FloatWeights(tmp_path)
+    for layer in find_sites(model):
+        for site in layer.sites:
+            wanted = torch.cat([model.get_submodule(n).weight.detach() for n in site.linears])
+            assert torch.equal(weights.read(layer.layer, site.kind), wanted)
+    shard = tmp_path / weights.file_of[weights.disk[f"{site.linears[0]}.weight"]]
+    shard.write_bytes(b"short")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        weights.read(layer.layer, site.kind)
 
 
 def test_rank_curves_of_a_run(tmp_path, monkeypatch):

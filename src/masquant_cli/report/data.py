@@ -147,7 +147,10 @@ def effective_ranks(run: Run, which: str) -> dict[str, dict[str, dict[int, float
 def references(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
     """Scores of evaluations without a quantized model (float): {label: {task: value}}."""
     rows = [comparison(run) for run in runs if run.evaluation and not run.stages]
-    return {r["name"]: {task: t["value"] for task, t in r["tasks"].items()} for r in rows}
+    return {
+        row["name"]: {k: t["value"] for k, t in row["tasks"].items() if t["value"] is not None}
+        for row in rows
+    }
 
 
 def points(runs: Sequence[Run]) -> tuple[list[Point], dict[str, str]]:
@@ -159,6 +162,8 @@ def points(runs: Sequence[Run]) -> tuple[list[Point], dict[str, str]]:
             continue
         values = {}
         for task, score in row["tasks"].items():
+            if score["value"] is None:  # not finite, which JSON cannot say
+                continue
             low, high = score.get("ci") or (None, None)
             values[task] = (score["value"], low, high)
             units[task] = UNIT.get(score["metric"], score["metric"])

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from masquant_cli import shards
 from masquant_cli.errors import ArtifactError, RecipeError
 from masquant_cli.models.families import FAMILIES
-from masquant_cli.recipe import Model
+from masquant_cli.report.scores import evaluation, result_in
 from masquant_cli.rundir import (
     STAGES,
     Manifest,
@@ -28,7 +28,6 @@ from masquant_cli.rundir import (
     fingerprint,
     read_manifest,
 )
-from masquant_cli.stages import model_fingerprint
 
 Site = tuple[int, str]  # decoder layer, site kind
 IN_LAYER = re.compile(r"\blayers\.(\d+)\.(.+)$")
@@ -110,15 +109,18 @@ class Run:
             for kind in dict.fromkeys(name.split(".")[0] for name in tensors)
         }
 
-    def tensors(self, stage: str, layer: int, ending: str | tuple[str, ...] = "") -> dict:
-        """Tensors of one layer of a stage that counts, those whose names end so.
+    def tensors(
+        self, stage: str, layer: int, ending: str | tuple[str, ...], kind: str = ""
+    ) -> dict[str, torch.Tensor]:
+        """Tensors of one layer of a stage that counts: those of a site kind with such an end.
 
         Raises ArtifactError when the file is damaged.
         """
         path = shards.layer_file(self.stages[stage][0], layer)
         try:
             with safe_open(path, framework="pt") as shard:
-                return {n: shard.get_tensor(n) for n in shard.keys() if n.endswith(ending)}
+                names = (n for n in shard.keys() if n.startswith(kind) and n.endswith(ending))
+                return {name: shard.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise ArtifactError(
                 f"cannot read this layer: {error}",
@@ -172,8 +174,8 @@ def _gather(path: Path, reuse: Sequence[Path]) -> Run:
         missing.append("It has no low-rank correction (its method or rank 0 asks for none).")
     if len(recipe.get("modalities") or ()) == 1:
         missing.append("It has one modality, so no modality dominates another.")
-    evaluation = _evaluation(path, stages, missing)
-    return Run(path, "", recipe, stages, heldout, origin, corrections, evaluation, tuple(missing))
+    scores = evaluation(path, stages, missing)
+    return Run(path, "", recipe, stages, heldout, origin, corrections, scores, tuple(missing))
 
 
 def _recipe(path: Path) -> dict | None:
@@ -235,7 +237,8 @@ def _calibration(
     beside = sorted(p for p in path.absolute().parent.iterdir() if p.is_dir())
     others = (other / "calibrate" for other in (*map(Path, reuse), *beside))
     for folder in (path / "calibrate", calibration_of(RunDir(path)), *others):
-        with contextlib.suppress(ArtifactError):  # a damaged stranger is no concern of this run
+        # A stranger that is damaged or not ours to read is no concern of this run.
+        with contextlib.suppress(ArtifactError, OSError):
             manifest = read_manifest(folder)
             if manifest and fingerprint(manifest.outputs) == smooth.upstream:
                 return folder, manifest
@@ -285,44 +288,9 @@ def _compensate_notes(stages: dict) -> dict[Site, dict[str, dict]]:
     return found
 
 
-def _evaluation(path: Path, stages: dict, missing: list[str]) -> dict | None:
-    """What `masquant eval` last said of this run's export as it is now."""
-    if "export" not in stages:
-        if (path / "eval" / "result.json").exists():
-            missing.append("Its evaluation is left out: it has no export that the numbers are of.")
-        return None
-    model = stages["export"][0] / "model"
-    mine = model_fingerprint(Model(path=str(model)), download=False)
-    for file in (path / "eval" / mine[:12] / "result.json", path / "eval" / "result.json"):
-        result = _result(file)
-        if result is not None and result.get("model_fingerprint") == mine:
-            return result
-    if (path / "eval" / "result.json").exists():
-        missing.append("Its evaluation is left out: it is of another model or an older export.")
-    else:
-        missing.append("It has not been evaluated (masquant eval).")
-    return None
-
-
-def _result(file: Path) -> dict | None:
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(result, dict):
-            raise ValueError("it is not a mapping")
-        return result
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"this evaluation cannot be read: {error}",
-            where=str(file),
-            hint="delete it and run masquant eval again",
-        ) from error
-
-
 def _float(path: Path) -> Run | None:
     """A folder that holds an evaluation alone: the float row of `masquant compare`."""
-    if (result := _result(path / "eval" / "result.json")) is None:
+    if (result := result_in(path / "eval" / "result.json")) is None:
         return None
     said = "It holds an evaluation alone, of a model that is not quantized here."
     recipe = {"name": path.resolve().name, "model": {"path": result.get("model")}}

@@ -76,7 +76,7 @@ def averages(found: Mapping[Site, SiteCurves]) -> tuple[dict, dict]:
 
 
 def _site(run: Run, layer: int, kind: str, weight: Tensor, mbq: Run | None) -> SiteCurves:
-    statistics = run.tensors("calibrate", layer, (".absmax", ".rows", ".gram"))
+    statistics = run.tensors("calibrate", layer, (".absmax", ".rows", ".gram"), f"{kind}.")
     absmax = torch.stack([statistics[f"{kind}.{m}.absmax"] for m in run.modalities])
     absmax_w = weight.abs().amax(0)
     if own_scales(run):

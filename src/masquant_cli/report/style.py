@@ -65,6 +65,7 @@ RC = {
     "lines.linewidth": 1.5,
     "lines.markersize": 5,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar sign in a folder's name is no formula
     "svg.hashsalt": "masquant",
     "path.simplify_threshold": 0.3,
 }
@@ -112,7 +113,11 @@ def run_styles(methods: Sequence[str]) -> list[dict]:
 
 def method_key(figure: Figure, labels: Sequence[str], styles: Sequence[dict], narrow: bool):
     """The legend that says which marker is which run, in no modality's colour."""
-    handles = [Line2D([], [], color=INK, label=x, **s) for x, s in zip(labels, styles, strict=True)]
+    handles = [
+        # Legends leave out what begins with an underscore.
+        Line2D([], [], color=INK, label=f" {x}" if x.startswith("_") else x, **s)
+        for x, s in zip(labels, styles, strict=True)
+    ]
     columns = 1 if narrow else min(3, len(labels))
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, handlelength=4)
 

@@ -42,8 +42,14 @@ class FloatWeights:
             if name not in self.disk:
                 raise RecipeError(f"no tensor on disk for {name}", where=str(self.folder))
             key = self.disk[name]
-            with safe_open(self.folder / self.file_of[key], framework="pt") as shard:
-                parts.append(shard.get_tensor(key).float())
+            path = self.folder / self.file_of[key]
+            try:
+                with safe_open(path, framework="pt") as shard:
+                    parts.append(shard.get_tensor(key).float())
+            except (OSError, SafetensorError) as error:
+                raise RecipeError(
+                    f"this shard cannot be read: {error}", where=str(path), hint="download it again"
+                ) from error
         return torch.cat(parts)
 
 
