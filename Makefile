@@ -12,12 +12,13 @@ VENV ?= $(or $(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.masquant-installed
 
-.PHONY: help demo test lint format install wheel clean gpu-check gpu-compile readme-table
+.PHONY: help demo test lint format install wheel clean gpu-check gpu-compile readme-table evidence
 
 help:
 	@echo "make demo     quantize the embedded model four ways and compare"
 	@echo "make test     run the tests              (ARGS='-k recipe' to choose)"
 	@echo "make lint     ruff, check only           make format: ruff, in place"
+	@echo "make evidence  all methods x all bits, measured; under 40 minutes; docs/evidence.md"
 	@echo "make gpu-compile  every kernel for every GPU, without one; reads the machine code"
 	@echo "make gpu-check  the kernels on this GPU: right, then how fast; under 10 minutes"
 	@echo "make install  only set up $(VENV)        (TORCH=auto|cpu|cuda)"
@@ -56,6 +57,11 @@ gpu-compile: install
 
 gpu-check:
 	$(RUN_WITH) tools/gpu_check.py $(ARGS)
+
+# Resumable; ARGS='--quick' is one cell per method, '--plan' only lists what is to do.
+evidence:
+	$(RUN_WITH) tools/evidence/run.py $(ARGS)
+	$(RUN_WITH) tools/readme_table.py
 
 readme-table:
 	$(RUN_WITH) tools/readme_table.py

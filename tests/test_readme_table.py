@@ -27,8 +27,7 @@ def row(name, seconds=None, speedup=None, ok=True) -> dict:
 
 def test_the_readme_is_what_the_files_say():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    made = readme_table.markdown(readme_table.results(readme_table.RESULTS))
-    assert text == readme_table.rewritten(text, made), "run: make readme-table"
+    assert text == readme_table.wanted(text), "run: make readme-table"
 
 
 def test_without_a_gpu_file_it_says_that_no_number_exists(tmp_path):
@@ -68,3 +67,46 @@ def test_only_what_is_between_the_markers_changes():
     assert readme_table.rewritten(text, "new") == text.replace("old", "new")
     with pytest.raises(ValueError, match="lacks"):
         readme_table.rewritten("no markers", "new")
+    begin, end = readme_table.QUALITY
+    both = f"{text}{begin}\nkept\n{end}\n"
+    assert readme_table.rewritten(both, "new", readme_table.QUALITY) == both.replace("kept", "new")
+    assert readme_table.rewritten(both, None, readme_table.QUALITY) == both
+
+
+def evidence(folder, bits, method, values, sqnr, **more) -> None:
+    tasks = {name: {"value": v, "ci": [v - 1, v + 1], "n": 9} for name, v in values.items()}
+    row = {"tasks": tasks, "sqnr_db": dict(zip(("text", "vision", "audio"), sqnr, strict=True))}
+    path = folder / "evidence" / "planted" / bits.lower() / f"{method}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"row": row | {"bytes": 1_690_000}, **more}))
+
+
+def test_quality_tables_say_what_evidence_measured(tmp_path):
+    whole = {"tasks": {"sum": {"value": 98.0}, "speech": {"value": 99.55}}, "sqnr_db": None}
+    for b, bits in enumerate(("W4A8", "W4A6")):
+        for m, method in enumerate(readme_table.METHODS):
+            said = {"float": whole | {"bytes": 6_290_000}} if method == "rtn" else {}
+            values = {"sum": 90.0 + m, "speech": 80.26 + b}
+            evidence(tmp_path, bits, method, values, (m + 0.04, 10 + m, 20.0 - b), **said)
+    assert readme_table.quality(tmp_path / "evidence").splitlines() == [
+        "|  | bits | speech | sum | text dB | vision dB | audio dB | linears |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| float |  | 99.5 % | 98.0 % |  |  |  | 6.29 MB |",
+        "| round to nearest | W4A8 | 80.3 % | 90.0 % | 0.0 | 10.0 | 20.0 | 1.69 MB |",
+        "| SmoothQuant | W4A8 | 80.3 % | 91.0 % | 1.0 | 11.0 | 20.0 | 1.69 MB |",
+        "| masquant, as published | W4A8 | 80.3 % | 92.0 % | 2.0 | 12.0 | 20.0 | 1.69 MB |",
+        "| **masquant-joint** | W4A8 | 80.3 % | 93.0 % | 3.0 | 13.0 | 20.0 | 1.69 MB |",
+        "| round to nearest | W4A6 | 81.3 % | 90.0 % | 0.0 | 10.0 | 19.0 | 1.69 MB |",
+        "| SmoothQuant | W4A6 | 81.3 % | 91.0 % | 1.0 | 11.0 | 19.0 | 1.69 MB |",
+        "| masquant, as published | W4A6 | 81.3 % | 92.0 % | 2.0 | 12.0 | 19.0 | 1.69 MB |",
+        "| **masquant-joint** | W4A6 | 81.3 % | 93.0 % | 3.0 | 13.0 | 19.0 | 1.69 MB |",
+    ]
+    assert readme_table.choice(tmp_path / "evidence") is None  # W8A8 is not measured
+    assert readme_table.choice(tmp_path / "evidence", ("W4A8", "W4A6")).splitlines() == [
+        "| SQNR in dB: text / vision / audio | W4A8 | W4A6 |",
+        "| --- | --- | --- |",
+        "| `masquant`, the paper's choice | 2.0 / 12.0 / 20.0 | 2.0 / 12.0 / 19.0 |",
+        "| `masquant-joint` | 3.0 / 13.0 / 20.0 | 3.0 / 13.0 / 19.0 |",
+    ]
+    (tmp_path / "evidence/planted/w4a6/rtn.json").unlink()
+    assert readme_table.quality(tmp_path / "evidence") is None

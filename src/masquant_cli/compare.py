@@ -140,7 +140,7 @@ class Judge:
             "bits": f"W{recipe.weights.bits}A{recipe.activations.bits}",
             "recipe": recipe.name,
             "run_dir": str(entry.run_dir),
-            **_judged(found),
+            **_judged(found, self.evaluation),
             "bits_per_weight": FLOAT_BITS * sizes["quantized"] / sizes["float"],
             "bytes": sizes["quantized"],
             **_costs(folders, calibrations),
@@ -155,7 +155,7 @@ class Judge:
             "bits": "",
             "recipe": self.recipe.name,
             "run_dir": None,
-            **_judged(self._evaluated(run_dir)),
+            **_judged(self._evaluated(run_dir), self.evaluation),
             "bits_per_weight": FLOAT_BITS,
             "bytes": sizes["float"],
             "seconds": None,
@@ -262,9 +262,9 @@ def _costs(folders: dict[str, Path], calibrations: dict) -> dict:
     }
 
 
-def _judged(found: dict) -> dict:
-    keys = ("value", "ci", "n", "metric")
-    tasks = {name: {k: task[k] for k in keys} for name, task in found["tasks"].items()}
+def _judged(found: dict, evaluation: Evaluation) -> dict:
+    keys, scored = ("value", "ci", "n", "metric"), found["tasks"]
+    tasks = {t.name: {k: scored[t.name][k] for k in keys} for t in evaluation.tasks}
     return {"tasks": tasks, **{key: found.get(key) for key in FIDELITY}}
 
 

@@ -1,0 +1,1 @@
+"""`make evidence`: every number the README claims, measured. Start at run.py."""
