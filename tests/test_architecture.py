@@ -39,10 +39,11 @@ MAY_IMPORT = {
     "report": {"errors", "progress", "recipe", "rundir", "shards", "algo", "models", "stages"},
     "demo": {"errors", "progress", "recipe", "recipe_yaml", "entries", "compare"},
     "inspect": {"errors", "models", "recipe", "recipe_yaml", "rundir", "runtime"},
+    "lmms": {"errors", "progress", "recipe", "algo", "data", "models", "runtime", "stages"},
     "cli": {
         *("errors", "benchmarks", "recipe", "recipe_yaml"),
         *("pipeline", "entries", "compare", "demo", "report", "masquant_kernels", "bench"),
-        "inspect",
+        *("inspect", "lmms"),
     },
     "__main__": {"cli"},
     "__init__": {"models", "runtime"},

@@ -6,12 +6,12 @@ Nothing heavy is imported up here, so that --help answers at once.
 import io
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from masquant_cli import __version__
-from masquant_cli.cli import bench, compare, inspect, report
+from masquant_cli.cli import bench, compare, inspect, lmms, report
 from masquant_cli.cli.common import (
     Against,
     Config,
@@ -116,10 +116,17 @@ def evaluate(
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", help="Score rows that were calibrated on, too.")
     ] = False,
+    backend: Annotated[
+        Literal["masquant", "lmms-eval"], typer.Option(help="Whose tasks --task names.")
+    ] = "masquant",
     json: Json = False, dry_run: DryRun = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Score the tasks, and the distance from float by modality."""
     recipe, where = read_recipe(config, run_dir, set_)
+    if backend == "lmms-eval":
+        if dry_run:
+            return show_plan(recipe, where, (), "export", json, task or ())
+        return lmms.evaluate(recipe, where, model, task or (), samples, json, quiet)
     recipe = narrowed(recipe, task or (), samples)
     if dry_run:
         tasks = [t.name for t in recipe.evaluation.tasks]

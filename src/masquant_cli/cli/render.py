@@ -208,10 +208,17 @@ def _later(name: str) -> Callable[[dict[str, Any]], None]:
     return table
 
 
+def _lmms(document: dict[str, Any]) -> None:
+    from masquant_cli.cli import lmms  # it imports what imports this module
+
+    lmms.table(document)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], None]] = {
     "stages": stages,
     "evaluation": evaluation,
     "benchmark": benchmark,
+    "lmms-eval": _lmms,
     "comparison": comparison,
     "report": report,
     "bench kernels": _later("timings"),
