@@ -248,6 +248,6 @@ def test_a_cell_that_fails_leaves_no_file(tmp_path, monkeypatch):
 
 
 def test_comments_are_not_code():
-    text = 'def f(x):\n    """Said."""\n    return x  # why\n'
-    assert measure._bare(text) == measure._bare('def f(x):\n    "other"\n    return x\n')
-    assert measure._bare(text) != measure._bare('def f(x):\n    """Said."""\n    return -x\n')
+    text = 'def f(x):\n    """Said."""\n    # why\n    return x\n'
+    assert measure.bare(text) == measure.bare('def f(x):\n    "other"\n    return x\n')
+    assert measure.bare(text) != measure.bare('def f(x):\n    """Said."""\n    return -x\n')

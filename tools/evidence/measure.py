@@ -22,8 +22,9 @@ from masquant_cli.rundir import fingerprint, versions, write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
 RUNS = ROOT / "runs" / "evidence"
-# Sources that no number depends on.
-WITHOUT = ("cli", "report", "bench", "card.py", "progress.py", "console.py", "gpu")
+# Source that numbers depend on. What reads recipes counts by the recipes it gives.
+PACKAGES = ("algo", "methods", "models", "data", "runtime", "stages")
+WITHOUT = ("gpu", "card.py", "bench.py", "verify.py", "judge.py", "leak.py", "eval_cache.py")
 LEFT_OUT = ("run_dir", "sqnr_db_by_linear", "recipe")  # of a row: of this machine, or long
 
 
@@ -64,27 +65,29 @@ def _model(where: str) -> str:
 
 @cache
 def code_fingerprint() -> str:
-    """Of masquant's source as Python sees it: comments and docstrings do not count."""
-    folders = (ROOT / "src/masquant_cli", ROOT / "kernels/masquant_kernels")
-    files = [f for folder in folders for f in sorted(folder.rglob("*"))]
+    """Of masquant's code; docstrings and lines of comment do not count."""
+    package, kernels = ROOT / "src" / "masquant_cli", ROOT / "kernels" / "masquant_kernels"
+    files = [f for folder in (*(package / p for p in PACKAGES), kernels) for f in folder.rglob("*")]
     files += [Path(__file__).with_name(name) for name in ("synthetic.py", "layers.py")]
     kept = {}
     for file in files:
-        if file.suffix not in (".py", ".c", ".h") or set(file.parts) & set(WITHOUT):
-            continue
-        text = file.read_text(encoding="utf-8")
-        kept[str(file.relative_to(ROOT))] = _bare(text) if file.suffix == ".py" else text
+        path = file.relative_to(ROOT)
+        if file.suffix in (".py", ".c", ".h") and not {*path.parts} & {*WITHOUT}:
+            text = file.read_text(encoding="utf-8")
+            kept[path.as_posix()] = bare(text) if file.suffix == ".py" else text
     return fingerprint(kept)
 
 
-def _bare(text: str) -> str:
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
+def bare(text: str) -> str:
+    """Python source without docstrings and comment lines; the same for every Python version."""
+    said: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
         body = getattr(node, "body", None)
         first = body[0] if isinstance(body, list) and body else None
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-            body[0] = ast.Pass()
-    return ast.dump(tree)
+            said |= set(range(first.lineno, first.end_lineno + 1))
+    lines = (line for n, line in enumerate(text.splitlines(), 1) if n not in said)
+    return "\n".join(line for line in lines if line.strip() and line.strip()[0] != "#")
 
 
 def calibrate(model: str) -> float:

@@ -9,9 +9,11 @@ measured again until the code or the recipe changes.
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -78,22 +80,28 @@ def run(cells: list[plan.Cell], workers: int) -> int:
         groups.setdefault(cell_fingerprint(cell), []).append(cell)
     longest = sorted(groups.values(), key=lambda group: cells.index(group[0]))
     began, failed, count = time.monotonic(), 0, 0
+    # Not a Pool, which would wait for ever for a worker that the system has killed.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, initializer=_start) as pool:
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
+    try:
         models = sorted({cell.where for cell in cells if cell.kind == "model"})
-        for model, seconds in pool.imap_unordered(_calibrate, models):
+        for model, seconds in pool.map(_calibrate, models):
             say(f"calibrated {model}: {seconds:.0f} s")
-        for done, seconds, error in pool.imap_unordered(_measure, longest):
+        for future in as_completed([pool.submit(_measure, group) for group in longest]):
+            done, seconds, error = future.result()
             minutes, count = (time.monotonic() - began) / 60, count + len(done)
             said = error or f"{seconds:.1f} s of a core"
             say(f"[{count}/{len(cells)}, {minutes:.1f} min] {', '.join(done)}: {said}")
             failed += len(done) if error else 0
+    finally:
+        pool.shutdown(cancel_futures=True)
     return failed
 
 
 def _start() -> None:
     from evidence.measure import quiet
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupted worker has nothing to say
     quiet()
 
 
@@ -138,4 +146,8 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        say("stopped; finished cells are kept, the same command goes on")
+        sys.exit(130)
