@@ -408,6 +408,19 @@ def test_rank_curves_of_a_run(tmp_path, monkeypatch):
     assert cmc.get_ydata().tolist() == pytest.approx(lines["vision"]["CMC"])
     assert cmc.get_xdata().tolist() == list(ranks.RATIOS)
 
+    # The base is the run's own, however it was rounded: integers of 0 leave nothing of the signal.
+    tensors = type(run).tensors
+
+    def rounded_away(self, stage, *arguments):
+        if stage == "compensate":
+            return {"attn_in.weight": torch.zeros(512, 256, dtype=torch.int8)}
+        return tensors(self, stage, *arguments)
+
+    monkeypatch.setattr(type(run), "tensors", rounded_away)
+    nothing = ranks.curves(run, [(0, "attn_in")], runs, Quiet())[0, "attn_in"]
+    assert nothing.curves["audio"].cmc[0] == pytest.approx(0, abs=1e-6)
+    assert nothing.levels["audio"] == found[0, "attn_in"].levels["audio"]
+
     monkeypatch.setattr(ranks, "model_fingerprint", lambda *_, **__: "other")
     absent = sections.sections(runs, 1, Quiet())[-1]
     assert isinstance(absent, sections.Absent) and "changed since" in absent.why

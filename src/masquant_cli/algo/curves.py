@@ -112,8 +112,7 @@ def rank_curve(
     ranks = tuple(int(ratio * min(weight.shape)) for ratio in ratios)
     inputs = {"rows": rows / scale} if rows is not None else {"gram": smoothed_gram(gram, scale)}
     top = max(ranks)
-    whitened = best_low_rank(delta, top if rows is None else min(top, len(rows)), **inputs)
-    plain = unwhitened_low_rank(delta, top)
+    whitened, plain = best_low_rank(delta, top, **inputs), unwhitened_low_rank(delta, top)
     smoothed = heldout / scale
     target = heldout @ weight.T
     error = target - fake_quant_rows(smoothed, bits.activation) @ base.T
