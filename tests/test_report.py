@@ -571,6 +571,11 @@ def test_errors_say_what_and_where(tmp_path, two):
         report([tmp_path / "nowhere"], tmp_path / "out")
     with pytest.raises(RecipeError, match="figure format"):
         report(two, tmp_path / "out", formats="gif")
+    begun = fake_runs.write(tmp_path / "begun", until="calibrate")
+    (begun / "calibrate" / "manifest.json").unlink()
+    with pytest.raises(RecipeError, match="nothing to report") as caught:
+        report([begun], tmp_path / "out")
+    assert str(begun) in caught.value.where and "masquant run" in caught.value.hint
     assert not (tmp_path / "out").exists()
 
 

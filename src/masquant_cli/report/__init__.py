@@ -30,7 +30,8 @@ def report(
     `sites` is how many sites rank curves are computed for, 0 for none; `reuse` names runs whose
     calibration others took over. Returns {"html", "figures": [{name, title, caption, files}],
     "missing": [{title, why}], "runs": rows of the comparison}. Raises EnvironmentProblem without
-    the extra, RecipeError for what is no run directory, ArtifactError for damaged files.
+    the extra, RecipeError for what is no run directory or has no finished stage, ArtifactError
+    for damaged files.
     """
     require()
     if formats not in FORMATS:
@@ -44,6 +45,12 @@ def report(
 
     progress, out, wanted = progress or NullProgress(), Path(out), FORMATS[formats]
     found = gather([Path(run) for run in runs], reuse)
+    if not any(run.stages or run.evaluation for run in found):
+        raise RecipeError(
+            "there is nothing to report: no stage finished here",
+            where=str(found[0].path) if len(found) == 1 else "masquant report",
+            hint=f"first: masquant run --config RECIPE --run-dir {found[0].path}",
+        )
     with style.look():
         parts = sections(found, sites, progress)
         drawings = [part for part in parts if isinstance(part, Drawing)]

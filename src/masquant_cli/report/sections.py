@@ -218,15 +218,16 @@ def _ranks(runs: Sequence[Run], count: int, progress: Progress) -> list[Drawing 
         found = ranks.curves(run, sites, runs, progress)
     except MasquantError as error:
         return [Absent(title, f"The float weights cannot be read: {error.message}.")]
-    scales = "the run's scales" if ranks.own_scales(run) else "scales by eq. 12"
+    own = ranks.own_scales(run)
+    scales = "the run's scales" if own else "scales by eq. 12, as the run has none"
     caption = (
         f"Mean over {len(sites)} sites ({', '.join(map(figures.site_name, sites))}) of the SQNR of "
         f"eq. 29 on held-out calibration rows, {run.bits} as in {run.label}, base weight rounded "
-        f"as there. CMC and plain SVD correct the shared weight with {scales}; MAS quantizes a "
+        f"{'as there' if own else 'to nearest'}. CMC and plain SVD correct the shared weight with {scales}; MAS quantizes a "
         "weight for every modality with the same scales and needs no rank; uniform smoothing "
         "takes eq. 11 for all."
     )
-    if run.method == "masquant-joint":
+    if own and run.method == "masquant-joint":
         caption += " These scales were chosen for eq. 29 at the run's rank, not for eq. 21."
     lines, levels = ranks.averages(found)
     each = {site: (ranks.RATIOS, curves.lines(), curves.levels) for site, curves in found.items()}
