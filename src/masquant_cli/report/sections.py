@@ -223,8 +223,9 @@ def _ranks(runs: Sequence[Run], count: int, progress: Progress) -> list[Drawing 
     caption = (
         f"Mean over {len(sites)} sites ({', '.join(map(figures.site_name, sites))}) of the SQNR of "
         f"eq. 29 on held-out calibration rows, {run.bits} as in {run.label}, base weight rounded "
-        f"{'as there' if own else 'to nearest'}. CMC and plain SVD correct the shared weight with {scales}; MAS quantizes a "
-        "weight for every modality with the same scales and needs no rank; uniform smoothing "
+        f"{'as there' if own else 'to nearest'}. CMC and plain SVD correct the shared weight "
+        f"with {scales}; MAS quantizes a weight for every modality with the same scales and "
+        "needs no rank; uniform smoothing "
         "takes eq. 11 for all."
     )
     if own and run.method == "masquant-joint":
