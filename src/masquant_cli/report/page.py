@@ -49,9 +49,8 @@ DISTANCES = (
 
 def embedded(drawing: Drawing, wide: str, narrow: str) -> dict[str, str]:
     """The figure as inline SVG, for wide and for narrow screens, from SVG documents."""
-    said = f"{drawing.title}. {drawing.caption}"
     return {
-        which: style.inline(document, f"{drawing.name}-{which}", said)
+        which: style.inline(document, f"{drawing.name}-{which}", drawing.title)
         for which, document in (("wide", wide), ("narrow", narrow))
     }
 
