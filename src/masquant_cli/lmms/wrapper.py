@@ -8,8 +8,7 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
-from lmms_eval.api import instance
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 
 from masquant_cli.data.inputs import with_answer
@@ -21,7 +20,6 @@ from masquant_cli.progress import NullProgress, Progress
 from masquant_cli.recipe import Model
 from masquant_cli.stages.judge import is_quantized
 
-GenerationResult = getattr(instance, "GenerationResult", None)
 MOST_NEW_TOKENS = 512  # where a task names no number
 PARAGRAPH = "\n\n"  # lmms-eval's own stop for tasks that name none; it would cut off reasoning
 
@@ -112,7 +110,7 @@ class Masquant(lmms):
             progress=self.progress,
         )
         # lmms-eval 0.7.3 makes a string of a bare pair, which its scoring cannot read.
-        return [GenerationResult(text=pair) for pair in found] if GenerationResult else found
+        return [GenerationResult(text=pair) for pair in found]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Refused: what to ask next depends on files that only its own class knows."""
