@@ -186,7 +186,7 @@ def test_verdicts_follow_the_numbers():
 
 @pytest.mark.parametrize("claim", [*ordering.CLAIMS, ordering.WHITENING], ids=lambda c: c.title)
 def test_every_claim_flips_when_its_numbers_do(claim):
-    labels = {*plan.METHODS, "whitened", "not whitened"}
+    labels = {*plan.METHODS, ordering.OWN, "whitened", "not whitened"}
     base = {label: {"text": 10.0, "vision": 10.0, "audio": 10.0} for label in labels}
     assert not ordering.verdicts(claim, {"x": base})[0].holds
     seen = set()
@@ -251,3 +251,21 @@ def test_comments_are_not_code():
     text = 'def f(x):\n    """Said."""\n    # why\n    return x\n'
     assert measure.bare(text) == measure.bare('def f(x):\n    "other"\n    return x\n')
     assert measure.bare(text) != measure.bare('def f(x):\n    """Said."""\n    return -x\n')
+
+
+def test_a_switch_at_its_default_is_the_methods_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(measure, "_run", lambda c, keep: {"row": row((1, 2, 3))})
+    main = cell_of("masquant")
+    same = [
+        cell
+        for cell in plan.cells()
+        if cell.table not in ("methods", "layers")
+        and measure.cell_fingerprint(cell) == measure.cell_fingerprint(main)
+    ]
+    assert {cell.label for cell in same} == {
+        "masquant, linear", "masquant, float target", "masquant, whitened, rank ratio 0.05",
+    }  # fmt: skip
+    measure.measure(main, also=same)
+    assert run.to_do([main, *same]) == []
+    assert measure.finished(same[0])["cell"]["label"] == same[0].label

@@ -79,6 +79,8 @@ def places(cells: Iterable[Cell], documents: Mapping[str, dict]) -> dict[str, or
             else:
                 methods = documents[cell.id]["methods"]
                 rows |= {label: one["sqnr_db"] for label, one in methods.items()}
+                if "masquant" in methods:
+                    rows[ordering.OWN] = methods["masquant"]["own_db"]
     return found
 
 
@@ -180,7 +182,7 @@ def _layers(cells: Sequence[Cell], documents: Mapping[str, dict]) -> list[str]:
         ]
         if "masquant" in labels:
             own = [triple(d["methods"]["masquant"]["own_db"]) for d in chosen.values()]
-            body.append(["masquant, a weight per modality (not deployable)", *own])
+            body.append([f"masquant, {ordering.OWN} (not deployable)", *own])
         theory = [
             "{text:.1f} / 0 / {audio:.1f}".format(**d["theorem1_loss_db"]) for d in chosen.values()
         ]

@@ -51,7 +51,12 @@ ABLATIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "loss weights": {
         f"masquant-joint, text {text:g}, vision {vision:g}, audio {audio:g}": (
             "method=masquant-joint",
-            f"smoothing.loss_weights={{text: {text}, vision: {vision}, audio: {audio}}}",
+            "smoothing.loss_weights="
+            + (
+                "{}"
+                if (text, vision, audio) == (1, 1, 1)
+                else f"{{text: {text}, vision: {vision}, audio: {audio}}}"
+            ),
         )
         for text, vision, audio in ((1, 1, 1), (1, 0.5, 0.5), (1, 0.1, 0.1), (0.5, 1, 1))
     },
