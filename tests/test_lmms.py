@@ -177,6 +177,13 @@ def test_results_become_our_document():
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.parametrize("option", [["--fresh"], ["--allow-overlap"], ["--against", "x"]])
+def test_options_of_our_own_runner_are_refused(option, capsys):
+    command = ["eval", "-c", "tiny-omni-w4a8", "--backend", "lmms-eval", "--task", "mmmu_val"]
+    assert app.main([*command, *option]) == 2
+    assert option[0] in capsys.readouterr().err
+
+
 def test_without_lmms_eval_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentProblem, match="lmms-eval"):

@@ -124,6 +124,7 @@ def evaluate(
     """Score the tasks, and the distance from float by modality."""
     recipe, where = read_recipe(config, run_dir, set_)
     if backend == "lmms-eval":
+        lmms.refuse({"--against": against, "--fresh": fresh, "--allow-overlap": allow_overlap})
         if dry_run:
             return show_plan(recipe, where, (), "export", json, task or ())
         return lmms.evaluate(recipe, where, model, task or (), samples, json, quiet)

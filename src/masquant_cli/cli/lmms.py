@@ -4,6 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from masquant_cli.cli.common import do
+from masquant_cli.errors import RecipeError
+
+
+def refuse(options: dict[str, Any]) -> None:
+    """Options of masquant's own runner that say nothing to lmms-eval's."""
+    for name, given in options.items():
+        if given:
+            raise RecipeError(
+                "this option is not lmms-eval's",
+                where=f"{name} --backend lmms-eval",
+                hint="leave it out: this backend keeps no answers and compares with no model",
+            )
 
 
 def evaluate(
