@@ -8,26 +8,30 @@ from typing import get_args
 
 import pytest
 import torch
-from jobs import small
+from jobs import Interrupting, small
 from masquant_kernels.quantizers import dequantize_weight, quantize_weight
 from test_learning import site
 
 from masquant_cli import pipeline, shards
-from masquant_cli.algo.block import layer_error, learn_block, modality_linear
+from masquant_cli.algo.block import _split, layer_error, learn_block, modality_linear
 from masquant_cli.algo.linear import fake_quant_rows, fake_quant_weight, fake_quant_weight_ste
 from masquant_cli.algo.search import GRID, pooled_mean_abs, power_scale, search_beta
 from masquant_cli.algo.site import eq12
-from masquant_cli.algo.smoothing import closed_form_scale
 from masquant_cli.data.inputs import encode_scored, model_inputs
+from masquant_cli.errors import ArtifactError
 from masquant_cli.methods import find
 from masquant_cli.methods.method import Layer
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.progress import NullProgress
 from masquant_cli.recipe import Method, Smoothing
+from masquant_cli.rundir import read_manifest
+from masquant_cli.stages import samples
+from masquant_cli.stages.base_weight import pooled_gram
 from masquant_cli.stages.blocks import Blocks
 from masquant_cli.stages.job import Job
 from masquant_cli.stages.samples import choose_samples
 from masquant_cli.stages.sensitivity import Sensitivity
+from masquant_cli.stages.smooth import site_problem
 
 METHODS = get_args(Method)
 SRC = Path(pipeline.__file__).parent
@@ -192,37 +196,33 @@ def test_a_linear_of_eq_21_is_its_modalities_put_together():
         torch.testing.assert_close(y[row], expected)
 
 
-class Halves:
+class OneLinearBlock:
     """A block of one linear: enough to see what learning does with its errors."""
 
-    def __init__(self, problem, samples=8):
-        self.problem, self.count = problem, samples
-        self.ids = torch.tensor([0, 0, 0, 1, 1, 2, -1])
+    def __init__(self, problem, mixes=([0, 0, 0, 1, 1, 2, -1],) * 8):
+        self.problem, self.mixes = problem, [torch.tensor(ids) for ids in mixes]
 
     def __len__(self):
-        return self.count
+        return len(self.mixes)
 
     def _x(self, index):
-        rows = [
-            self.problem.rows[max(m, 0)][index * 7 + i] for i, m in enumerate(self.ids.tolist())
-        ]
-        return torch.stack(rows)
+        ids = self.mixes[index].tolist()
+        return torch.stack([self.problem.rows[max(m, 0)][index * 7 + i] for i, m in enumerate(ids)])
 
     def sample(self, index):
-        return self._x(index) @ self.problem.weight.T, self.ids
+        return self._x(index) @ self.problem.weight.T, self.mixes[index]
 
     def run(self, index, scales):
         def quantize(w):
             return fake_quant_weight_ste(w, 4)
 
-        return modality_linear(
-            self._x(index), self.ids, self.problem.weight, scales["attn_in"], quantize, 8
-        )
+        x, ids, weight = self._x(index), self.mixes[index], self.problem.weight
+        return modality_linear(x, ids, weight, scales["attn_in"], quantize, 8)
 
 
 def test_the_layers_error_by_hand():
     problem = site()
-    block, scales = Halves(problem), {"attn_in": eq12(problem)}
+    block, scales = OneLinearBlock(problem), {"attn_in": eq12(problem)}
     target, _ = block.sample(0)
     error = (block.run(0, scales) - target).abs().mean(1)
     pooled = layer_error(block, 0, scales, (1.0, 0.5, 2.0), pooled=True)
@@ -237,7 +237,7 @@ def test_the_layers_error_by_hand():
 @pytest.mark.parametrize("rows", [1, 3])
 def test_learning_a_layer_never_ends_worse_than_it_began(rows):
     problem = site()
-    block = Halves(problem)
+    block = OneLinearBlock(problem)
     start = {"attn_in": eq12(problem)[:rows].clone()}
     found = learn_block(
         block, start, (1.0, 1.0, 1.0), epochs=4, learning_rate=0.05, heldout=0.25, seed=0
@@ -248,6 +248,39 @@ def test_learning_a_layer_never_ends_worse_than_it_began(rows):
         return sum(float(layer_error(block, i, scales, (1, 1, 1), pooled=False)) for i in (0, 1))
 
     assert judge(found) < judge(start)
+
+
+def test_every_mix_of_modalities_judges():
+    """Text-only samples first and many: they alone must not choose the epoch."""
+    block = OneLinearBlock(site(), mixes=[[0, 0]] * 6 + [[0, 1]] * 4 + [[2, 0, -1]] + [[0, 1]])
+    judged, learned = _split(block, 0.25)
+    assert judged == [0, 6, 10]
+    assert sorted([*judged, *learned]) == list(range(12))
+
+
+def test_a_sample_without_a_modality_that_counts_teaches_nothing_and_breaks_nothing():
+    problem = site()
+    block = OneLinearBlock(problem, mixes=[[0, 0], [0, 0], [1, 1, 0], [1, 0, 1], [0, 0], [1, 1, 1]])
+    start = {"attn_in": eq12(problem)}
+    found = learn_block(
+        block, start, (0.0, 1.0, 1.0), epochs=3, learning_rate=0.05, heldout=0.25, seed=0
+    )["attn_in"]
+    torch.testing.assert_close(found[0], start["attn_in"][0])  # text has no weight
+    assert not torch.equal(found[1], start["attn_in"][1])
+
+
+def test_errors_of_bf16_layers_are_summed_in_fp32():
+    class Rounded(OneLinearBlock):
+        def sample(self, index):
+            target, ids = super().sample(index)
+            return target.bfloat16(), ids
+
+        def run(self, index, scales):
+            return super().run(index, scales).bfloat16()
+
+    problem = site()
+    error = layer_error(Rounded(problem), 0, {"attn_in": eq12(problem)}, (1, 1, 1), pooled=False)
+    assert error.dtype == torch.float32
 
 
 # --- on the embedded model
@@ -303,7 +336,7 @@ def test_sensitivity_is_the_gradient_of_the_models_own_loss(job):
 
 def test_a_layer_of_quantized_linears_is_the_layer_with_their_weights_rounded(tmp_path):
     job = Job(small("smoothing.samples=3", "activations.bits=16"), NullProgress())
-    block = Blocks(job).at(0, tmp_path)
+    block = Blocks(job, tmp_path).at(0)
     ones = {s.kind: torch.ones(1, s.in_features) for s in block.layer.sites}
     found = [block.run(i, ones) for i in range(len(block))]
     for linear in (job.loaded.model.get_submodule(n) for s in block.layer.sites for n in s.linears):
@@ -319,14 +352,14 @@ def test_a_layer_of_quantized_linears_is_the_layer_with_their_weights_rounded(tm
 
 def test_a_later_layer_reads_what_the_solved_ones_gave(tmp_path):
     job = Job(small("smoothing.samples=2"), NullProgress())
-    blocks = Blocks(job)
-    first = blocks.at(0, tmp_path)
+    blocks = Blocks(job, tmp_path)
+    first = blocks.at(0)
     scales = {s.kind: torch.ones(3, s.in_features) for s in first.layer.sites}
     outputs = [first.run(i, scales).detach() for i in range(2)]
     targets = [first.sample(i)[0] for i in range(2)]
     tensors = {f"{kind}.scale": scale for kind, scale in scales.items()}
     shards.save(shards.layer_file(tmp_path, 0), tensors, fingerprint="x", notes={})
-    second = blocks.at(1, tmp_path)
+    second = blocks.at(1)
     assert second.layer.layer == 1
     for i in range(2):
         assert torch.equal(second.inputs[i].quantized[0], outputs[i])
@@ -357,13 +390,71 @@ def test_the_released_code_leaves_down_proj_alone(calibrated, tmp_path):
 
 @pytest.mark.parametrize("name", ["masquant", "omniquant-uniform"])
 def test_objective_block_is_a_switch(name, calibrated, tmp_path):
-    recipe = small(f"method={name}", "smoothing.objective=block", "smoothing.samples=4")
-    pipeline.run(recipe, tmp_path, until="smooth", reuse=[calibrated])
-    scale = shards.load(shards.layer_file(tmp_path / "smooth", 0))["attn_in.scale"]
-    absmax = shards.load(shards.layer_file(calibrated / "calibrate", 0))
-    own = closed_form_scale(absmax["attn_in.text.absmax"], torch.ones(scale.shape[1]))
-    assert scale.shape == (3, own.numel())
-    assert torch.equal(scale[0], scale[1]) == (name == "omniquant-uniform")
+    found = {}
+    for objective in ("linear", "block"):
+        recipe = small(
+            f"method={name}", f"smoothing.objective={objective}", "smoothing.samples=12",
+            "smoothing.epochs=2",
+        )  # fmt: skip
+        pipeline.run(recipe, tmp_path / objective, until="smooth", reuse=[calibrated])
+        file = shards.layer_file(tmp_path / objective / "smooth", 0)
+        found[objective] = shards.load(file)["attn_in.scale"]
+        assert torch.equal(found[objective][0], found[objective][1]) == (name != "masquant")
+    assert not torch.allclose(found["linear"], found["block"])
+
+
+class Told(NullProgress):
+    def __init__(self):
+        self.stages, self.warnings = [], []
+
+    def stage(self, name, total, unit):
+        self.stages.append([name, 0])
+
+    def advance(self, n=1, tokens=0):
+        self.stages[-1][1] += n
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+
+@pytest.mark.parametrize("name", ["mbq", "masquant-reference"])
+def test_layers_are_counted_as_smoothing_where_the_model_runs_first(name, calibrated, tmp_path):
+    told = Told()
+    recipe = small(f"method={name}", "smoothing.samples=2")
+    pipeline.run(recipe, tmp_path, until="smooth", reuse=[calibrated], progress=told)
+    assert told.stages[-1] == ["smooth", 4]
+    assert not told.warnings
+
+
+@pytest.mark.parametrize("name", ["mbq", "masquant-reference"])
+def test_interrupted_between_layers_it_resumes_to_the_same_bytes(name, calibrated, tmp_path):
+    recipe = small(f"method={name}", "smoothing.samples=2")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(
+            recipe, tmp_path / "a", until="smooth", reuse=[calibrated],
+            progress=Interrupting("smooth", 2),
+        )  # fmt: skip
+    for run_dir in ("a", "b"):
+        pipeline.run(recipe, tmp_path / run_dir, until="smooth", reuse=[calibrated])
+    a, b = (read_manifest(tmp_path / run_dir / "smooth").outputs for run_dir in ("a", "b"))
+    assert a == b
+
+
+def test_switches_that_a_method_does_not_read_are_warned_about(calibrated, tmp_path):
+    told = Told()
+    recipe = small("method=awq", "smoothing.objective=block", "smoothing.beta=0.7")
+    pipeline.run(recipe, tmp_path, until="smooth", reuse=[calibrated], progress=told)
+    assert told.warnings == [f"awq does not read smoothing.{key}" for key in ("beta", "objective")]
+
+
+def test_samples_that_are_not_those_of_calibration_are_refused(calibrated, tmp_path, monkeypatch):
+    def other(recipe, loaded, progress):
+        found = choose_samples(recipe, loaded, progress)
+        return replace(found, samples=found.samples[1:])
+
+    monkeypatch.setattr(samples, "choose_samples", other)
+    with pytest.raises(ArtifactError, match="calibration data changed"):
+        pipeline.run(small("method=mbq"), tmp_path, until="smooth", reuse=[calibrated])
 
 
 # --- the base weight
@@ -391,6 +482,38 @@ def test_gptq_lowers_the_error_of_every_modality(calibrated, tmp_path):
             found[rounding, name] = float(noise.square().sum() / y.square().sum())
     for name in ("text", "vision", "audio"):
         assert 10 * math.log10(found["nearest", name] / found["gptq", name]) > 2, name
+
+
+def test_held_out_rows_are_not_in_the_gram_that_gptq_sees(calibrated):
+    job = Job(small("weights.rounding=gptq"), NullProgress())
+    statistics = shards.load(shards.layer_file(calibrated / "calibrate", 1))
+    linear_site = job.layers[1]["attn_in"]
+    problem = site_problem(job, linear_site, statistics)
+    ones = torch.ones_like(problem.absmax)
+    found = pooled_gram(job, linear_site, problem, ones, statistics, 1.0)
+    expected = torch.zeros_like(found, dtype=torch.float64)
+    for m, name in enumerate(job.recipe.modalities):
+        rows = problem.heldout[m].double()
+        gram = statistics[f"attn_in.{name}.gram"].double() - rows.T @ rows
+        weight = problem.weight.double()
+        expected += gram / float((weight @ gram * weight).sum())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_predicted_sqnr_is_against_the_float_output_whatever_the_target(calibrated, tmp_path):
+    recipe = small("method=masquant", "compensation.target=quantized", "compensation.rank=60")
+    pipeline.run(recipe, tmp_path, until="compensate", reuse=[calibrated])
+    job = Job(recipe, NullProgress())
+    file = shards.layer_file(tmp_path / "compensate", 0)
+    note, kept = shards.read_header(file)["notes"]["attn_in.audio"], shards.load(file)
+    scale = shards.load(shards.layer_file(tmp_path / "smooth", 0))["attn_in.scale"]
+    gram = shards.load(shards.layer_file(calibrated / "calibrate", 0))["attn_in.audio.gram"]
+    weight = job.weight(job.layers[0]["attn_in"])
+    a, b = (kept[f"attn_in.audio.lr_{x}"].double() for x in "ab")
+    effective = (fake_quant_weight(weight * scale[0], 4).double() + (a @ b).T) / scale[2]
+    lost = weight.double() - effective
+    signal, noise = (float((w @ gram.double() * w).sum()) for w in (weight.double(), lost))
+    assert note["predicted_sqnr_db"] == pytest.approx(10 * math.log10(signal / noise), abs=0.05)
 
 
 def test_the_residual_reaches_for_what_the_recipe_says(calibrated, tmp_path):

@@ -157,7 +157,8 @@ def inputs(recipe: recipes.Recipe, *, download: bool = True) -> dict[str, dict] 
     if (model := model_fingerprint(recipe.model, download=download)) is None:
         return None
     whole = recipe.model_dump(mode="json")
-    compensation = whole["compensation"]
+    compensation, weights = whole["compensation"], whole["weights"]
+    rounding = weights.pop("rounding")  # of the base weight, after its scales are chosen
     reads = {
         "calibrate": {
             "the model's files": model,
@@ -167,10 +168,11 @@ def inputs(recipe: recipes.Recipe, *, download: bool = True) -> dict[str, dict] 
             **{key: whole[key] for key in ("modalities", "calibration", "seed")},
         },
         "smooth": {
-            **{key: whole[key] for key in ("method", "weights", "activations", "smoothing")},
+            "weights": weights,
+            **{key: whole[key] for key in ("method", "activations", "smoothing")},
             "compensation": {key: compensation[key] for key in ("rank", "sites")},
         },
-        "compensate": {"compensation": compensation},
+        "compensate": {"compensation": compensation, "weights": {"rounding": rounding}},
         "export": {
             "name": recipe.name,
             "model": {"path": recipe.model.path},

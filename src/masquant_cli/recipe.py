@@ -236,6 +236,8 @@ class Recipe(Frozen):
     def _modalities(self):
         if len(set(self.modalities)) != len(self.modalities):
             raise ValueError("a modality is listed twice")
+        if self.modalities[0] != "text":
+            raise ValueError("the first modality is the base, which only text can be")
         named = (self.calibration.tokens, self.smoothing.loss_weights)
         for unknown in {m for d in named for m in d} - set(self.modalities):
             raise ValueError(f"{unknown!r} is not among modalities {list(self.modalities)}")

@@ -24,7 +24,17 @@ RESULTS = ROOT / "benchmarks" / "results" / "evidence"
 RUNS = ROOT / "runs" / "evidence"
 # Source that numbers depend on. What reads recipes counts by the recipes it gives.
 PACKAGES = ("algo", "methods", "models", "data", "runtime", "stages")
-WITHOUT = ("gpu", "card.py", "bench.py", "verify.py", "judge.py", "leak.py", "eval_cache.py")
+WITHOUT = (
+    "gpu",
+    "card.py",
+    "bench.py",
+    "verify.py",
+    "judge.py",
+    "leak.py",
+    "eval_cache.py",
+    "curves.py",
+    "theory.py",
+)
 LEFT_OUT = ("run_dir", "sqnr_db_by_linear", "recipe")  # of a row: of this machine, or long
 
 

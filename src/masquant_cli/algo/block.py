@@ -59,13 +59,13 @@ def layer_error(
     modality is a mean of its own, relative to its mean output (eq. 13).
     """
     target, ids = block.sample(index)
-    error = (block.run(index, scales) - target).abs().mean(-1)
+    error = (block.run(index, scales) - target).float().abs().mean(-1)
     total = error.new_zeros(())
     for m, weight in enumerate(weights):
         here = ids == m
         if weight and bool(here.any()):
             share = error[here].sum() / (ids >= 0).sum() if pooled else error[here].mean()
-            scale = 1.0 if pooled else target[here].abs().mean().clamp_min(1e-12)
+            scale = 1.0 if pooled else target[here].float().abs().mean().clamp_min(1e-12)
             total = total + weight * share / scale
     return total
 
@@ -82,9 +82,7 @@ def learn_block(
 ) -> Scales:
     """Adam with a cosine rate on log-scales, one sample a step; the best epoch on held-out
     samples, which may be the start."""
-    samples = list(range(len(block)))
-    judged = samples[: max(1, int(heldout * len(samples)))]
-    learned = samples[len(judged) :] or judged
+    judged, learned = _split(block, heldout)
     logs = {kind: scale.log().clone().requires_grad_(True) for kind, scale in start.items()}
     optimizer = torch.optim.Adam(logs.values(), lr=learning_rate, betas=(0.9, 0.95))
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -102,11 +100,24 @@ def learn_block(
     for _ in range(epochs):
         for at in torch.randperm(len(learned), generator=generator).tolist():
             now = {kind: log.exp() for kind, log in logs.items()}
-            optimizer.zero_grad()
-            layer_error(block, learned[at], now, weights, pooled=False).backward()
-            optimizer.step()
-            cosine.step()
+            error = layer_error(block, learned[at], now, weights, pooled=False)
+            if error.requires_grad:  # no modality of this sample counts otherwise
+                optimizer.zero_grad()
+                error.backward()
+                optimizer.step()
+                cosine.step()
         value, now = judge()
         if value < best:
             best, found = value, now
     return found
+
+
+def _split(block: Block, heldout: float) -> tuple[list[int], list[int]]:
+    """(samples that judge, samples that teach): of each mix of modalities a share judges."""
+    mixes: dict[frozenset[int], list[int]] = {}
+    for index in range(len(block)):
+        ids = block.sample(index)[1]
+        mixes.setdefault(frozenset(ids[ids >= 0].tolist()), []).append(index)
+    judged = [i for mix in mixes.values() for i in mix[: max(1, int(heldout * len(mix)))]]
+    learned = [i for i in range(len(block)) if i not in set(judged)]
+    return judged, learned or judged

@@ -7,7 +7,7 @@ the schedule and loss_weights. One scale serves the linears of a site: they read
 
 from masquant_cli.algo.learning import learn_mas
 from masquant_cli.algo.site import Learned, eq12, judged
-from masquant_cli.methods.method import Layer, Method
+from masquant_cli.methods.method import LEARNING, Layer, Method
 from masquant_cli.recipe import SITE_KINDS
 
 
@@ -25,4 +25,6 @@ def solve(layer: Layer) -> dict[str, Learned]:
     return {kind: judged(site, scales[kind], said) for kind, site in layer.sites.items()}
 
 
-METHOD = Method(solve, corrects=SITE_KINDS)
+METHOD = Method(
+    solve, reads=("beta", "objective", "samples", "loss_weights", *LEARNING), corrects=SITE_KINDS
+)

@@ -7,7 +7,7 @@ Reads smoothing.beta, learn, the schedule and loss_weights.
 from masquant_cli.algo.joint import learn_joint
 from masquant_cli.algo.learning import learn_mas
 from masquant_cli.algo.site import Learned, eq12
-from masquant_cli.methods.method import Layer, Method
+from masquant_cli.methods.method import LEARNING, Layer, Method
 from masquant_cli.recipe import SITE_KINDS
 
 
@@ -22,4 +22,6 @@ def solve(layer: Layer) -> dict[str, Learned]:
     return solved
 
 
-METHOD = Method(solve, corrects=SITE_KINDS, rounding="gptq")
+METHOD = Method(
+    solve, reads=("beta", "loss_weights", *LEARNING), corrects=SITE_KINDS, rounding="gptq"
+)

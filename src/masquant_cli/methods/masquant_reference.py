@@ -41,4 +41,10 @@ def solve(layer: Layer) -> dict[str, Learned]:
     }
 
 
-METHOD = Method(solve, corrects=("attn_in", "attn_out", "mlp_in"), least_rank=32)
+METHOD = Method(
+    solve,
+    reads=("samples",),
+    needs=("block",),
+    corrects=("attn_in", "attn_out", "mlp_in"),
+    least_rank=32,
+)

@@ -22,4 +22,4 @@ def solve(layer: Layer) -> dict[str, Learned]:
     return solved
 
 
-METHOD = Method(solve)
+METHOD = Method(solve, reads=("samples",), needs=("sensitivity",))

@@ -10,6 +10,9 @@ from masquant_cli.algo.learning import Schedule
 from masquant_cli.algo.site import Learned, SiteProblem
 from masquant_cli.recipe import SiteKind, Smoothing
 
+SCHEDULE = ("epochs", "learning_rate", "batch_rows")
+LEARNING = ("learn", *SCHEDULE)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -44,14 +47,33 @@ class Layer:
 
 @dataclass(frozen=True)
 class Method:
-    """`solve` chooses the scales of a layer's sites. `corrects` are the site kinds that get a
-    low-rank correction where the recipe wants one, of at least `least_rank` columns. `rounding` is
-    how the base weight is rounded where the recipe leaves it to the method: nearest | gptq."""
+    """How scales are chosen, and what follows from the choice.
+
+    `solve` returns the scales of a layer's sites; `reads` are the keys of `smoothing` it looks at.
+    `needs` "sensitivity" or "block" where the model must see samples again. `corrects` are the
+    site kinds that get a low-rank correction, of at least `least_rank` columns, where the recipe
+    wants one. `rounding` of the base weight, nearest | gptq, where the recipe leaves it open.
+    """
 
     solve: Callable[[Layer], dict[str, Learned]]
+    reads: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     corrects: tuple[SiteKind, ...] = ()
     least_rank: int = 0
     rounding: str = "nearest"
+
+    def ignored(self, smoothing: Smoothing) -> list[str]:
+        """Keys that differ from their defaults and that this method does not read; a schedule is
+        left in peace, since recipes for several methods have one."""
+        default = Smoothing()
+        keys = set(Smoothing.model_fields) - {*self.reads, *SCHEDULE, "heldout"}
+        return sorted(k for k in keys if getattr(smoothing, k) != getattr(default, k))
+
+    def prepared(self, smoothing: Smoothing) -> tuple[str, ...]:
+        """What must be ready before the first layer: `needs`, and layers for objective block."""
+        block = "objective" in self.reads and smoothing.objective == "block"
+        learned = smoothing.learn and smoothing.epochs
+        return (*self.needs, *(("block",) if block and learned else ()))
 
 
 def each_site(

@@ -7,7 +7,7 @@ schedule; loss_weights are the modalities' weights.
 from masquant_cli.algo.learning import learn_uniform
 from masquant_cli.algo.site import Learned, judged
 from masquant_cli.algo.smoothing import closed_form_scale, uniform_absmax
-from masquant_cli.methods.method import Layer, Method
+from masquant_cli.methods.method import LEARNING, Layer, Method
 
 
 def solve(layer: Layer) -> dict[str, Learned]:
@@ -27,4 +27,4 @@ def solve(layer: Layer) -> dict[str, Learned]:
     }
 
 
-METHOD = Method(solve)
+METHOD = Method(solve, reads=("beta", "objective", "samples", "loss_weights", *LEARNING))

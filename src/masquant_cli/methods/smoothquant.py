@@ -14,4 +14,4 @@ def choose(site: SiteProblem, options: Smoothing) -> Learned:
     return judged(site, one, "uniform eq. 8")
 
 
-METHOD = Method(each_site(choose))
+METHOD = Method(each_site(choose), reads=("beta",))

@@ -6,7 +6,7 @@ Reads smoothing.beta, learn and the schedule.
 
 from masquant_cli.algo.learning import learn_mas
 from masquant_cli.algo.site import Learned, eq12, judged
-from masquant_cli.methods.method import Layer, Method
+from masquant_cli.methods.method import LEARNING, Layer, Method
 from masquant_cli.recipe import SITE_KINDS
 
 
@@ -22,4 +22,4 @@ def solve(layer: Layer) -> dict[str, Learned]:
     return solved
 
 
-METHOD = Method(solve, corrects=SITE_KINDS)
+METHOD = Method(solve, reads=("beta", *LEARNING), corrects=SITE_KINDS)

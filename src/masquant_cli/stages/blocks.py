@@ -16,31 +16,36 @@ from torch import Tensor
 from masquant_cli import shards
 from masquant_cli.algo.block import Scales, modality_linear
 from masquant_cli.algo.linear import fake_quant_weight_ste
+from masquant_cli.data.inputs import encode
 from masquant_cli.models.capture import Batch, first_layer_inputs, run_layer
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.sites import LayerSites
 from masquant_cli.stages.job import Job
-from masquant_cli.stages.samples import CalibrationSet, batches, choose_samples
+from masquant_cli.stages.samples import same_samples
 
 
 class Blocks:
-    """Hands out the layers in order; nothing is computed before the first is asked for."""
+    """Hands out the layers in order; `solved` is where smooth saves the scales of each."""
 
-    def __init__(self, job: Job):
-        self.job = job
+    def __init__(self, job: Job, solved: Path):
+        self.job, self.solved = job, solved
         self.current: LayerBlock | None = None
 
-    def at(self, index: int, folder: Path) -> "LayerBlock":
-        """Layer `index`; the layers before it are run with the scales saved in `folder`."""
+    def prepare(self) -> None:
+        """Embed the samples, unless that was done."""
         if self.current is None:
             self.current = self._block(self.job.layers[0])
+
+    def at(self, index: int) -> "LayerBlock":
+        """Layer `index`, its quantized inputs from the layers before it with their scales."""
+        self.prepare()
         while self.current.layer.layer < index:
-            self._advance(self.current, folder)
+            self._advance(self.current)
             self.current = self._block(self.job.layers[self.current.layer.layer + 1])
         return self.current
 
-    def _advance(self, block: "LayerBlock", folder: Path) -> None:
-        saved = shards.load(shards.layer_file(folder, block.layer.layer))
+    def _advance(self, block: "LayerBlock") -> None:
+        saved = shards.load(shards.layer_file(self.solved, block.layer.layer))
         scales = {s.kind: saved[f"{s.kind}.scale"].to(self._device) for s in block.layer.sites}
         for index, stream in enumerate(block.inputs):
             with torch.no_grad():
@@ -53,20 +58,17 @@ class Blocks:
 
     @cached_property
     def _streams(self) -> list["_Stream"]:
+        """One sample at a time, in the order in which calibrate chose them: sources in turn."""
         job = self.job
-        chosen = choose_samples(job.recipe, job.loaded, job.progress)
-        most = min(job.recipe.smoothing.samples, len(chosen.samples))
-        some = CalibrationSet(chosen.samples[:most], chosen.lengths[:most], chosen.tokens, 0)
-        recipe = job.recipe.model_copy(
-            update={"calibration": job.recipe.calibration.model_copy(update={"batch_tokens": 1})}
-        )
+        samples = same_samples(job).samples[: job.recipe.smoothing.samples]
         tokens = token_ids_of(job.loaded.model.config)
         first = job.loaded.model.get_submodule(job.layers[0].module)
-        job.progress.stage("embed", most, "samples")
+        job.progress.stage("embed", len(samples), "samples")
         found = []
-        for inputs in batches(recipe, some, job.loaded.processor):
+        for sample in samples:
+            inputs = encode(job.loaded.processor, [sample], for_generation=False)
             inputs = {k: v.to(self._device) for k, v in inputs.items()}
-            ids = modality_ids(inputs["input_ids"], tokens, recipe.modalities)
+            ids = modality_ids(inputs["input_ids"], tokens, job.recipe.modalities)
             batch = first_layer_inputs(job.loaded.model, first, inputs, ids)
             found.append(_Stream(**vars(batch), quantized=batch.hidden))
             job.progress.advance(1)

@@ -20,7 +20,7 @@ from masquant_cli.algo.low_rank import (
 )
 from masquant_cli.errors import RecipeError
 from masquant_cli.models.sites import Site
-from masquant_cli.stages.base import base_weight
+from masquant_cli.stages.base_weight import base_weight
 from masquant_cli.stages.job import Job
 from masquant_cli.stages.smooth import site_problem
 
@@ -106,22 +106,29 @@ def _site(
             f"{key}.lr_b": lr_b,
             f"{key}.singular_values": found.singular_values,
         }
-        rest = delta - (lr_a.float() @ lr_b.float()).T
-        notes[key] = _report(found, weight * scale[m], delta, rest, smoothed)
+        corrected = base + (lr_a.float() @ lr_b.float()).T
+        notes[key] = _report(found, weight * scale[m], reached, base, corrected, smoothed)
 
 
 def _report(
-    found: LowRank, smooth_weight: torch.Tensor, delta: torch.Tensor, rest: torch.Tensor, x: dict
+    found: LowRank,
+    smooth_weight: torch.Tensor,
+    reached: torch.Tensor,
+    base: torch.Tensor,
+    corrected: torch.Tensor,
+    x: dict,
 ) -> dict:
-    """What the stored (fp16) correction leaves, `rest`, for the inputs `x` (a Gram or rows).
+    """What the stored (fp16) correction leaves for the inputs `x` (a Gram or rows).
 
     Effective ranks only where all of the spectrum is known.
     """
-    signal, energy, remaining = (output_energy(w, **x) for w in (smooth_weight, delta, rest))
+    delta = reached - base
+    energy, left = (output_energy(w, **x) for w in (delta, reached - corrected))
+    signal, noise = (output_energy(w, **x) for w in (smooth_weight, smooth_weight - corrected))
     note = {
         "rank": found.lr_b.shape[0],
-        "residual_energy_left": round(remaining / max(energy, 1e-30), 6),
-        "predicted_sqnr_db": round(10 * math.log10(max(signal, 1e-30) / max(remaining, 1e-30)), 3),
+        "residual_energy_left": round(left / max(energy, 1e-30), 6),
+        "predicted_sqnr_db": round(10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30)), 3),
     }
     if found.complete and min(delta.shape) <= EXACT_SIDE:  # a note must not cost more than the work
         note["effective_rank_unwhitened"] = round(effective_rank(singular_values(delta)), 2)

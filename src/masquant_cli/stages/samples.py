@@ -10,7 +10,7 @@ import torch
 from masquant_cli.data.chat import kinds_of, modality_of
 from masquant_cli.data.inputs import encode
 from masquant_cli.data.samples import Sample, load_samples
-from masquant_cli.errors import RecipeError
+from masquant_cli.errors import ArtifactError, RecipeError
 from masquant_cli.models.loading import Loaded
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.progress import Progress
@@ -64,6 +64,23 @@ def choose_samples(recipe: Recipe, loaded: Loaded, progress: Progress) -> Calibr
             progress.advance(1, tokens=ids.numel())
     _refuse_or_warn(recipe, got, skipped, progress)
     return CalibrationSet(tuple(chosen), tuple(lengths), got, skipped)
+
+
+def same_samples(job) -> CalibrationSet:
+    """The samples that calibrate chose, for methods that need the model to see them again.
+
+    Raises ArtifactError when the data are not what they were.
+    """
+    chosen = choose_samples(job.recipe, job.loaded, job.progress)
+    if "calibrate" in job.finished:
+        folder, manifest = job.finished["calibrate"]
+        if manifest.summary.get("data") != chosen.digest:
+            raise ArtifactError(
+                "the calibration data changed since the calibrate stage read them",
+                where=str(folder),
+                hint="pin the data sets' revisions, or delete this folder and calibrate anew",
+            )
+    return chosen
 
 
 def batches(recipe: Recipe, chosen: CalibrationSet, processor) -> Iterator[dict[str, torch.Tensor]]:

@@ -14,7 +14,7 @@ from masquant_cli.data.inputs import encode_scored, model_inputs
 from masquant_cli.errors import RecipeError
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.stages.job import Job
-from masquant_cli.stages.samples import choose_samples
+from masquant_cli.stages.samples import same_samples
 
 # The output that stands for a site: of the attention block, and of the MLP.
 STANDS_FOR = {"attn_in": "attn_out", "mlp_in": "mlp_out"}
@@ -29,6 +29,10 @@ class Sensitivity:
 
     def __init__(self, job: Job):
         self.job = job
+
+    def prepare(self) -> None:
+        """Run the model backwards, unless that was done."""
+        _ = self._ratios
 
     def of(self, layer: int) -> dict[str, Tensor]:
         """By site kind, f32 [M]; the base is 1."""
@@ -46,8 +50,7 @@ class Sensitivity:
     def _ratios(self) -> dict[str, list[Tensor]]:
         job = self.job
         names = job.recipe.modalities
-        samples = choose_samples(job.recipe, job.loaded, job.progress).samples
-        samples = samples[: job.recipe.smoothing.samples]
+        samples = same_samples(job).samples[: job.recipe.smoothing.samples]
         watched = [kind for kind in self._kinds if kind not in STANDS_FOR]
         sums = {kind: torch.zeros(len(job.layers), len(names), 2) for kind in watched}
         model, tokens = job.loaded.model, token_ids_of(job.loaded.model.config)

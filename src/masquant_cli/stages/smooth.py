@@ -21,15 +21,20 @@ def smooth(job: Job, folder: Path, fingerprint: str) -> dict:
 
     The notes of each shard, and the summary, hold the held-out SQNR of eq. 29 in dB.
     """
-    recipe = job.recipe
-    solve = find(recipe.method).solve
-    sensitivity, blocks = Sensitivity(job), Blocks(job)
+    recipe, method = job.recipe, find(job.recipe.method)
+    for key in method.ignored(recipe.smoothing):
+        if key != "loss_weights" or job.rounding != "gptq":  # which reads them
+            job.progress.warn(f"{recipe.method} does not read smoothing.{key}")
+    asked = {"sensitivity": Sensitivity(job), "block": Blocks(job, folder)}
+    files = [shards.layer_file(folder, layer.layer) for layer in job.layers]
+    if not all(shards.is_done(path, fingerprint) for path in files):
+        for name in method.prepared(recipe.smoothing):
+            asked[name].prepare()
     job.progress.stage("smooth", len(job.layers), "layers")
     sqnr: dict[str, list[float]] = {m: [] for m in recipe.modalities}
-    for layer in job.layers:
-        path = shards.layer_file(folder, layer.layer)
+    for layer, path in zip(job.layers, files, strict=True):
         if not shards.is_done(path, fingerprint):
-            solved = solve(_problem(job, layer, folder, sensitivity, blocks))
+            solved = method.solve(_problem(job, layer, **asked))
             tensors = {f"{kind}.scale": found.scale for kind, found in solved.items()}
             notes = {
                 kind: {"origin": found.origin, "heldout_sqnr_db": [_db(e) for e in found.error]}
@@ -43,9 +48,7 @@ def smooth(job: Job, folder: Path, fingerprint: str) -> dict:
     return {"heldout_sqnr_db": {m: round(sum(v) / len(v), 2) for m, v in sqnr.items()}}
 
 
-def _problem(
-    job: Job, layer: LayerSites, folder: Path, sensitivity: Sensitivity, blocks: Blocks
-) -> Layer:
+def _problem(job: Job, layer: LayerSites, sensitivity: Sensitivity, block: Blocks) -> Layer:
     statistics = job.read("calibrate", layer.layer)
     seed = job.recipe.seed * 7919 + layer.layer * 31
     return Layer(
@@ -54,7 +57,7 @@ def _problem(
         smoothing=job.recipe.smoothing,
         seeds={site.kind: seed + s for s, site in enumerate(layer.sites)},
         sensitivity=functools.partial(sensitivity.of, layer.layer),
-        block=functools.partial(blocks.at, layer.layer, folder),
+        block=functools.partial(block.at, layer.layer),
     )
 
 

@@ -48,7 +48,8 @@ def pooled_gram(
     statistics: dict[str, Tensor],
     others: float,
 ) -> Tensor:
-    """Gram [in, in] of the smoothed inputs of all modalities, each relative to its own output.
+    """Gram [in, in] of the smoothed inputs of all modalities, each relative to its own output,
+    without the held-out rows.
 
     A modality's share of the error that GPTQ minimises is then its noise over its signal, times
     the recipe's weight for it and, unless it is the base, `others`: no modality decides the
@@ -57,7 +58,9 @@ def pooled_gram(
     total = torch.zeros(problem.weight.shape[1], problem.weight.shape[1], device=scale.device)
     for m, name in enumerate(job.recipe.modalities):
         key = f"{site.kind}.{name}.gram"
-        gram = statistics[key].to(scale.device) if key in statistics else _gram(problem.rows[m])
+        gram = _gram(problem.rows[m])
+        if key in statistics:  # of all tokens: those that will judge are taken out
+            gram = statistics[key].to(scale.device) - _gram(problem.heldout[m])
         energy = output_energy(problem.weight, gram)
         share = problem.loss_weights[m] * (others if m else 1.0)
         if energy > 0 and share > 0:
