@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "yaml_marks": {"errors"},
     "recipe_yaml": {"errors", "recipe", "yaml_marks"},
     "rundir": {"errors"},
+    "rows": {"recipe", "rundir"},
     "shards": {"errors", "rundir"},
     "algo": {"masquant_kernels"},
     "methods": {"algo", "recipe"},
@@ -33,10 +34,13 @@ MAY_IMPORT = {
     "pipeline": {"errors", "machine", "progress", "recipe", "rundir", "shards", "stages"},
     "entries": {"errors", "pipeline", "recipe", "recipe_yaml"},
     "compare": {
-        *("errors", "progress", "recipe", "rundir"),
+        *("errors", "progress", "recipe", "rows", "rundir"),
         *("entries", "pipeline", "stages", "models"),
     },
-    "report": {"errors", "progress", "recipe", "rundir", "shards", "algo", "models", "stages"},
+    "report": {
+        *("errors", "progress", "recipe", "rows", "rundir", "shards"),
+        *("algo", "models", "stages"),
+    },
     "demo": {"errors", "progress", "recipe", "recipe_yaml", "entries", "compare"},
     "inspect": {"errors", "models", "recipe", "recipe_yaml", "rundir", "runtime"},
     "lmms": {"errors", "progress", "recipe", "algo", "data", "models", "runtime", "stages"},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ PARTS = (".weight_packed", ".weight_scale", ".smooth_inv", ".lr_a", ".lr_b")
 KEYS = {
     "name", "method", "bits", "recipe", "run_dir", "tasks", "sqnr_db", "sqnr_end_db", "kl",
     "flip_rate", "sqnr_db_by_linear", "bits_per_weight", "bytes", "seconds", "peak_bytes",
+    "peak_gpu_bytes",
 }  # fmt: skip
 
 
@@ -56,7 +58,8 @@ def test_rows_are_complete_and_in_order(made):
     assert found["metrics"] == {"transcription": "wer", "sum": "accuracy"}
     assert found["modalities"] == ["text", "vision", "audio"]
     for row in rows:
-        assert all(set(t) == {"value", "ci", "n", "metric"} for t in row["tasks"].values())
+        said = {"value", "ci", "n", "metric", *(["overlap"] if row["run_dir"] else [])}
+        assert all(set(t) == said for t in row["tasks"].values())
         assert {t["n"] for t in row["tasks"].values()} == {3}
     assert rows[0]["sqnr_db"] is None and rows[0]["seconds"] is None
     # Text's scales with a correction keep vision and audio, rounding to nearest does not.
@@ -185,21 +188,21 @@ def test_what_does_not_belong_together_is_refused(made):
 def test_arguments_name_recipes_and_their_variations(tmp_path):
     found = entries(
         [
-            "tiny-omni-w4a8@compensation.rank=0.02,modalities=[vision, text, audio]",
+            "tiny-omni-w4a8@compensation.rank=0.02,modalities=[text, audio, vision]",
             "tiny-omni-w8a8",
         ],
         run_root=tmp_path,
         methods=("rtn", "masquant"),
         overrides=["seed=3"],
     )
-    varied = "tiny-omni-w4a8-compensation.rank-0.02-modalities-_vision_text_audio_"
+    varied = "tiny-omni-w4a8-compensation.rank-0.02-modalities-_text_audio_vision_"
     assert [entry.name for entry in found] == [
         f"{varied}-rtn", f"{varied}-masquant", "tiny-omni-w8a8-rtn", "tiny-omni-w8a8-masquant",
     ]  # fmt: skip
     assert [entry.run_dir.name for entry in found] == [entry.name for entry in found]
     assert [entry.recipe.seed for entry in found] == [3] * 4
     assert found[0].recipe.compensation.rank == 0.02
-    assert found[0].recipe.modalities == ("vision", "text", "audio")
+    assert found[0].recipe.modalities == ("text", "audio", "vision")
     assert [entry.recipe.method for entry in found] == ["rtn", "masquant"] * 2
     assert [e.name for e in entries(["tiny-omni-w4a8"], run_root=tmp_path)] == ["tiny-omni-w4a8"]
 
@@ -250,15 +253,86 @@ def test_the_command_prints_scores_damage_and_cost(made, monkeypatch, capsys):
     assert "no task 'smu'" in capsys.readouterr().err
 
 
-def test_rows_that_were_calibrated_on_are_refused(made):
-    chosen, _, root = made
-    evaluation = narrowed(chosen[0].recipe, samples=10, names=("sum",))
+class Heard:
+    """Progress that keeps its warnings."""
+
+    def __init__(self):
+        self.warned = []
+
+    def warn(self, text):
+        self.warned.append(text)
+
+    def stage(self, *_): ...
+
+    def advance(self, *_, **__): ...
+
+    def note(self, _): ...
+
+
+def leaking(recipe):
+    """An evaluation of rows that the recipe calibrates on."""
+    evaluation = narrowed(recipe, samples=10, names=("sum",))
     (task,) = evaluation.tasks
     source = task.source.model_copy(update={"dataset": "builtin:tiny-omni/calibration-sum"})
-    leaking = evaluation.model_copy(
+    return evaluation.model_copy(
         update={"tasks": (task.model_copy(update={"source": source}),), "fidelity_samples": 0}
     )
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["own calibration", "a reused one"])
+@pytest.mark.parametrize("finished", [False, True])
+def test_rows_that_were_calibrated_on_are_refused(made, place, finished):
+    chosen, _, root = made
+    named = [chosen[place]]
+    if finished:
+        named = entries([str(chosen[place].run_dir)], run_root=root)
+    # A recipe alone would calibrate again in place of the run whose calibration it took over.
+    named = named if finished else list(chosen[: place + 1])
+    options = {"evaluation": leaking(chosen[0].recipe), "run_root": root}
     with pytest.raises(CheckError, match="of task 'sum' were calibrated on"):
-        compare(chosen[:1], evaluation=leaking, run_root=root)
-    found = compare(chosen[:1], evaluation=leaking, run_root=root, allow_overlap=True)
-    assert found["rows"][0]["tasks"]["sum"]["n"] == 10
+        compare(named, **options)
+    for kept in (False, True):  # what was allowed once is not so without being asked for
+        heard = Heard()
+        found = compare(named, **options, allow_overlap=True, progress=heard)
+        task = found["rows"][-1]["tasks"]["sum"]
+        assert task["n"] == 10 and task["overlap"] == 10, kept
+        flatters = [said for said in heard.warned if "flatters the model" in said]
+        assert len(flatters) == len(named) and "10 " in flatters[0]
+    with pytest.raises(CheckError, match="10 of 10 rows of task 'sum' were calibrated on"):
+        compare(named, **options)
+
+
+def test_what_is_clean_is_kept_whether_or_not_overlap_is_allowed(made, monkeypatch):
+    chosen, _, root = made
+    options = {"evaluation": narrowed(chosen[0].recipe, samples=2), "run_root": root}
+    options["evaluation"] = options["evaluation"].model_copy(update={"fidelity_samples": 0})
+    found = compare(chosen[:1], **options)
+    assert [t["overlap"] for t in found["rows"][0]["tasks"].values()] == [0, 0]
+    monkeypatch.setattr(module.Judge, "_score", None)
+    assert compare(chosen[:1], **options, allow_overlap=True)["rows"] == json.loads(
+        json.dumps(found["rows"])
+    )
+
+
+def test_a_calibration_that_is_gone_is_said(made, tmp_path):
+    chosen, _, root = made
+    moved = tmp_path / "moved"
+    shutil.copytree(chosen[1].run_dir, moved)
+    (moved / "calibrated_by.json").write_text(json.dumps({"folder": str(tmp_path / "nowhere")}))
+    heard = Heard()
+    found = compare(
+        entries([str(moved)], run_root=root), evaluation=leaking(chosen[0].recipe), progress=heard
+    )
+    assert [w for w in heard.warned if "calibration is gone" in w and str(moved) in w]
+    assert "overlap" not in found["rows"][0]["tasks"]["sum"]
+    assert found["calibrations"] == {} and found["rows"][0]["seconds"] > 0
+
+
+def test_a_reused_calibration_is_listed_once(made, monkeypatch):
+    chosen, found, root = made
+    monkeypatch.chdir(root)
+    named = entries([entry.run_dir.name for entry in chosen], run_root=root)
+    again = compare(named, evaluation=narrowed(chosen[0].recipe))
+    assert list(again["calibrations"].values()) == list(found["calibrations"].values())
+    alone = compare(named[1:], evaluation=narrowed(chosen[0].recipe))
+    assert alone["calibrations"] == found["calibrations"]

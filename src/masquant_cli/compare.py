@@ -16,18 +16,17 @@ from masquant_cli.entries import Entry
 from masquant_cli.errors import RecipeError
 from masquant_cli.progress import NullProgress, Progress
 from masquant_cli.recipe import Evaluation, Model, Recipe
+from masquant_cli.rows import FLOAT_BITS, row
 from masquant_cli.rundir import (
     STAGES,
     Manifest,
     RunDir,
+    calibration_of,
     fingerprint,
     read_manifest,
     versions,
     write_json,
 )
-
-FIDELITY = ("sqnr_db", "sqnr_end_db", "kl", "flip_rate", "sqnr_db_by_linear")
-FLOAT_BITS = 16  # what a float weight counts, whatever the dtype it is loaded in
 
 
 def compare(
@@ -127,40 +126,44 @@ class Judge:
     def row(self, entry: Entry, done: dict | None, calibrations: dict) -> dict:
         """A finished entry's row. `done` is what `pipeline.run` returned, if it ran; the seconds
         of the run's calibration go into `calibrations`."""
-        recipe, export = entry.recipe, RunDir(entry.run_dir).stage("export")
-        manifest = read_manifest(export)
-        sizes = manifest.summary["bytes"]
-        folders = {stage: RunDir(entry.run_dir).stage(stage) for stage in STAGES}
+        recipe, run = entry.recipe, RunDir(entry.run_dir)
+        folders = {stage: run.stage(stage) for stage in STAGES}
+        folders["calibrate"] = calibration_of(run)
         if done:
             folders = {stage: Path(found["folder"]) for stage, found in done["stages"].items()}
-        found = self._evaluated(entry.run_dir, export / "model", manifest, folders["calibrate"])
-        return {
+        manifests = {stage: read_manifest(folder) for stage, folder in folders.items()}
+        there = {stage: manifest for stage, manifest in manifests.items() if manifest}
+        model, calibration = run.stage("export") / "model", folders["calibrate"]
+        found = self._evaluated(entry.run_dir, model, there["export"], calibration)
+        listed = {Path(folder).resolve() for folder in calibrations}
+        if "calibrate" in there and calibration.resolve() not in listed:
+            calibrations[str(calibration)] = there["calibrate"].seconds
+        who = {
             "name": entry.name,
             "method": recipe.method,
             "bits": f"W{recipe.weights.bits}A{recipe.activations.bits}",
             "recipe": recipe.name,
             "run_dir": str(entry.run_dir),
-            **_judged(found, self.evaluation),
-            "bits_per_weight": FLOAT_BITS * sizes["quantized"] / sizes["float"],
-            "bytes": sizes["quantized"],
-            **_costs(folders, calibrations),
         }
+        return row(who, self._asked(found), there)
 
     def float_row(self, run_dir: Path, *, beside: Path) -> dict:
         """The float model's; its linears are those that the run `beside` quantized."""
         sizes = read_manifest(RunDir(beside).stage("export")).summary["bytes"]
-        return {
+        who = {
             "name": "float",
             "method": "float",
             "bits": "",
             "recipe": self.recipe.name,
             "run_dir": None,
-            **_judged(self._evaluated(run_dir), self.evaluation),
-            "bits_per_weight": FLOAT_BITS,
-            "bytes": sizes["float"],
-            "seconds": None,
-            "peak_bytes": None,
         }
+        size = {"bits_per_weight": FLOAT_BITS, "bytes": sizes["float"]}
+        return row(who, self._asked(self._evaluated(run_dir)), {}) | size
+
+    def _asked(self, found: dict) -> dict:
+        """The evaluation with its tasks in the order of the recipe's."""
+        scored = found["tasks"]
+        return {**found, "tasks": {t.name: scored[t.name] for t in self.evaluation.tasks}}
 
     def _evaluated(
         self,
@@ -170,13 +173,24 @@ class Judge:
         calibration: Path | None = None,
     ) -> dict:
         """What `pipeline.evaluate` says of an exported folder, or of the float model."""
+        from masquant_cli.stages import leak, model_fingerprint
+
         path = Path(run_dir) / "eval" / "result.json"
+        calibrated = leak.calibrated_on(calibration) if calibration else None
+        if calibration and calibrated is None:
+            self.progress.warn(
+                f"{run_dir}: this run's calibration is gone: overlap with it is not checked"
+            )
         # The model as the export stage left it; plan() has compared its files with their hashes.
         model = fingerprint(manifest.outputs) if manifest else self._model()
-        wanted = fingerprint([model, self._settings])
-        if (old := _read(path)) and old.get("compare_fingerprint") == wanted:
+        seen = None if calibrated is None else sorted(calibrated)
+        wanted = fingerprint([model, self._settings, seen])
+        old = _read(path) or {}
+        usable = old.get("compare_fingerprint") == wanted
+        if usable and (not (flattered := _flattered(old)) or self.allow_overlap):
+            for said in flattered:
+                self.progress.warn(said)
             return old
-        from masquant_cli.stages import leak, model_fingerprint
         from masquant_cli.stages.judge import load_beside
 
         original, spec = self._original, self.recipe.model
@@ -186,7 +200,6 @@ class Judge:
             tested, float_model = load_beside(tested, folder, self.progress), tested
         known = model_fingerprint(spec)
         kept = path.parent / known[:12]
-        calibrated = leak.calibrated_on(calibration) if calibration else None
         found = self._score(tested, float_model, kept, calibrated)
         said = {"model": spec.path, "model_fingerprint": known, "recipe": self.recipe.name, **found}
         for file in (kept / "result.json", path):
@@ -250,22 +263,13 @@ class Judge:
         )
 
 
-def _costs(folders: dict[str, Path], calibrations: dict) -> dict:
-    """{"seconds", "peak_bytes"} of a run's stages; its calibration goes into `calibrations`."""
-    manifests = {stage: read_manifest(folder) for stage, folder in folders.items()}
-    there = {stage: m for stage, m in manifests.items() if m is not None}
-    if "calibrate" in there:
-        calibrations[str(folders["calibrate"])] = there["calibrate"].seconds
-    return {
-        "seconds": sum(m.seconds for stage, m in there.items() if stage != "calibrate"),
-        "peak_bytes": max(m.peak_bytes for m in there.values()),
-    }
-
-
-def _judged(found: dict, evaluation: Evaluation) -> dict:
-    keys, scored = ("value", "ci", "n", "metric"), found["tasks"]
-    tasks = {t.name: {k: scored[t.name][k] for k in keys} for t in evaluation.tasks}
-    return {"tasks": tasks, **{key: found.get(key) for key in FIDELITY}}
+def _flattered(kept: dict) -> list[str]:
+    """Of which tasks of a kept result the rows were calibrated on, in sentences."""
+    return [
+        f"{task['overlap']} rows of task {name!r} were calibrated on: its score flatters the model"
+        for name, task in kept["tasks"].items()
+        if task.get("overlap")
+    ]
 
 
 def _read(path: Path) -> dict | None:
