@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import fake_runs
 import pytest
@@ -19,11 +20,16 @@ import torch
 
 pytest.importorskip("matplotlib")
 
+from masquant_cli import compare, metrics
+from masquant_cli.cli import render
+from masquant_cli.entries import Entry
 from masquant_cli.errors import ArtifactError, EnvironmentProblem, RecipeError
 from masquant_cli.models.loading import load_float
 from masquant_cli.models.resolve import resolve
 from masquant_cli.models.sites import find_sites
-from masquant_cli.recipe import Model
+from masquant_cli.pipeline import recipe_of
+from masquant_cli.progress import NullProgress
+from masquant_cli.recipe import Metric, Model
 from masquant_cli.report import comparisons, data, figures, page, ranks, report, sections, style
 from masquant_cli.report.gather import gather
 from masquant_cli.report.weights import FloatWeights
@@ -163,20 +169,64 @@ def test_an_evaluation_alone_is_the_float_row(tmp_path):
 def test_comparison_rows(two):
     row, uniform = (data.comparison(run) for run in gather(two))
     assert row["bits_per_weight"] == 16 * 2500 / 8000 and uniform["bits_per_weight"] == 4.4
-    assert row["seconds"] == 61.5 + 3 * 2.25 and row["peak_bytes"] == 3_000_000_000
+    assert row["seconds"] == 3 * 2.25 and row["peak_bytes"] == 3_000_000_000
     assert (row["method"], row["bits"]) == ("masquant-joint", "W4A8")
     scores, distances = page.tables([row, uniform])
     assert scores["heads"][:3] == ["picture %", "speech WER %", "bits per weight"]
+    assert scores["heads"][4] == "time after calibration"
     assert scores["groups"] == [("Tasks", 2), ("Cost", 4)]
     assert scores["rows"][0]["cells"] == [
         ("91.5", False), ("7.2", False), ("5.00", False), ("2.5 kB", False),
-        ("1 min 08 s", False), ("3 GB", False),
+        ("6.8 s", False), ("3 GB", False),
     ]  # fmt: skip
     assert scores["rows"][1]["cells"][2:4] == [("4.40", True), ("2.2 kB", True)]
     assert [name for name, _ in distances["groups"]][-1] == "flips"
     assert distances["rows"][0]["cells"][-4:] == [
         ("1.50", False), ("2.5%", False), ("2.5%", False), ("2.5%", False),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["own calibration", "a reused one"])
+def test_rows_are_those_of_compare(two, monkeypatch, place):
+    run = gather(two)[place]
+    recipe = recipe_of(run.path)
+    kept = [task for task in recipe.evaluation.tasks if task.name == "picture"]
+    spoken = kept[0].model_copy(update={"name": "speech"})
+    asked = recipe.evaluation.model_copy(update={"tasks": (*kept, spoken)})
+    monkeypatch.setattr(compare.Judge, "_evaluated", lambda *_: run.evaluation)
+    judge = compare.Judge(recipe, asked, NullProgress())
+    theirs = judge.row(Entry(run.label, recipe, run.path, True), None, {})
+    ours = data.comparison(run)
+    assert theirs == ours
+    assert theirs["seconds"] == 3 * 2.25 and theirs["sqnr_end_db"] is None
+    assert list(ours["kl"]) == ["text", "vision", "audio"] == list(theirs["kl"])
+
+
+def test_every_metric_has_its_unit_best_mark_and_label(two):
+    assert set(metrics.METRICS) == set(get_args(Metric))
+    first = {metric: {"metric": metric, "value": 20.0, "n": 9} for metric in metrics.METRICS}
+    second = {metric: {**task, "value": 30.0} for metric, task in first.items()}
+    scored = [
+        replace(run, evaluation={"tasks": tasks})
+        for run, tasks in zip(gather(two), (first, second), strict=True)
+    ]
+    table = page.tables(page.rows(scored))[0]
+    cells = list(zip(table["heads"], *(row["cells"] for row in table["rows"]), strict=True))[:8]
+    low, high = [(("20.0", lower), ("30.0", not lower)) for lower in (True, False)]
+    assert cells == [
+        ("accuracy %", *high), ("wer WER %", *low), ("cer CER %", *low), ("vqa VQA %", *high),
+        ("contains %", *high), ("choice %", *high), ("mmmu %", *high),
+        ("perplexity perplexity", *low),
+    ]  # fmt: skip
+    assert data.points(scored)[1] == {
+        "accuracy": "accuracy (%)", "wer": "WER (%)", "cer": "CER (%)",
+        "vqa": "VQA accuracy (%)", "contains": "answers contained (%)", "choice": "accuracy (%)",
+        "mmmu": "MMMU accuracy (%)", "perplexity": "perplexity",
+    }  # fmt: skip
+    percents = [metric for metric in metrics.METRICS if render.score(metric, 2.5) == "2.5%"]
+    assert set(metrics.METRICS) - set(percents) == {"perplexity"}
+    # What another version may have written is shown, and not judged.
+    assert metrics.of("anls") == ("anls", None, "", "anls")
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from masquant_cli import metrics
 from masquant_cli.cli.console import clock_face
-
-PERCENT = ("accuracy", "wer", "cer", "vqa", "contains", "choice", "mmmu")
 
 
 @contextlib.contextmanager
@@ -134,10 +133,10 @@ def benchmark(document: dict[str, Any]) -> None:
 
 def comparison(document: dict[str, Any]) -> None:
     """Scores with their intervals, then, row by row again, distance from float and costs."""
-    rows, metrics = document["rows"], document.get("metrics", {})
+    rows, metric = document["rows"], document.get("metrics", {})
     tasks = list(dict.fromkeys(t for row in rows for t in row.get("tasks", {})))
     modalities = list(dict.fromkeys(m for row in rows for m in row.get("sqnr_db") or {}))
-    heads = [f"{t} WER" if metrics.get(t) == "wer" else t for t in tasks]
+    heads = [metrics.head(t, metric[t]) if t in metric else t for t in tasks]
     named = {(row["method"], row.get("bits", "")) for row in rows}
     who = [
         (row["method"], row.get("bits", "")) if len(named) == len(rows) else (row["name"],)
@@ -231,7 +230,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], None]] = {
 def score(metric: str, value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.1f}%" if metric in PERCENT else f"{value:.3f}"
+    return f"{value:.1f}%" if metrics.of(metric).unit == "%" else f"{value:.3f}"
 
 
 def interval(task: Mapping[str, Any]) -> str:

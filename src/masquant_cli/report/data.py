@@ -1,49 +1,28 @@
 """From runs to what figures and tables show. Pure functions of `Run`; nothing is drawn here."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import get_args
 
 from torch import Tensor, cat
 
+from masquant_cli import metrics
 from masquant_cli.algo.curves import dominance, misalignment_db, range_ratios
-from masquant_cli.recipe import SITE_KINDS, Modality
+from masquant_cli.recipe import SITE_KINDS
 from masquant_cli.report.comparisons import Point
 from masquant_cli.report.gather import Run, Site
+from masquant_cli.rows import row
 from masquant_cli.rundir import fingerprint
-
-HIGHER_IS_BETTER = {"accuracy": True, "wer": False, "perplexity": False}
-PER_MODALITY = ("sqnr_db", "sqnr_end_db", "kl", "flip_rate")
-UNIT = {"accuracy": "accuracy (%)", "wer": "WER (%)", "perplexity": "perplexity"}
 
 
 def comparison(run: Run) -> dict:
     """One row of the comparison: what the run scores and what it costs, None where unknown."""
-    found = run.evaluation or {}
-    manifests = [manifest for _, manifest in run.stages.values()]
-    sizes = run.stages["export"][1].summary.get("bytes", {}) if "export" in run.stages else {}
-    quantized, dense = sizes.get("quantized"), sizes.get("float")
-    return {
+    who = {
         "name": run.label,
         "method": run.method,
         "bits": run.bits,
         "recipe": run.recipe.get("name"),
         "run_dir": str(run.path),
-        "tasks": found.get("tasks") or {},
-        **{key: in_order(found.get(key)) for key in PER_MODALITY},
-        "sqnr_db_by_linear": found.get("sqnr_db_by_linear"),
-        # `float` counts two bytes for each weight.
-        "bits_per_weight": 16 * quantized / dense if quantized and dense else None,
-        "bytes": quantized,
-        "seconds": sum(m.seconds for m in manifests) if manifests else None,
-        "peak_bytes": max((m.peak_bytes for m in manifests), default=None),
-        "peak_gpu_bytes": max((m.peak_gpu_bytes for m in manifests), default=None),
     }
-
-
-def in_order(by_modality: Mapping[str, float | None] | None) -> dict[str, float | None]:
-    """As modalities are listed everywhere else; JSON files sort their keys."""
-    known = by_modality or {}
-    return {m: known[m] for m in get_args(Modality) if m in known}
+    return row(who, run.evaluation, {stage: found[1] for stage, found in run.stages.items()})
 
 
 def sqnr_source(runs: Sequence[Run]) -> str:
@@ -146,10 +125,10 @@ def effective_ranks(run: Run, which: str) -> dict[str, dict[str, dict[int, float
 
 def references(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
     """Scores of evaluations without a quantized model (float): {label: {task: value}}."""
-    rows = [comparison(run) for run in runs if run.evaluation and not run.stages]
+    known = [comparison(run) for run in runs if run.evaluation and not run.stages]
     return {
-        row["name"]: {k: t["value"] for k, t in row["tasks"].items() if t["value"] is not None}
-        for row in rows
+        one["name"]: {k: t["value"] for k, t in one["tasks"].items() if t["value"] is not None}
+        for one in known
     }
 
 
@@ -157,20 +136,20 @@ def points(runs: Sequence[Run]) -> tuple[list[Point], dict[str, str]]:
     """The trade-off: a point per exported and evaluated run, and the axis label of each score."""
     found, units = [], {}
     for run in runs:
-        row = comparison(run)
-        if row["bits_per_weight"] is None or not (row["tasks"] or row["sqnr_db"]):
+        known = comparison(run)
+        if known["bits_per_weight"] is None or not (known["tasks"] or known["sqnr_db"]):
             continue
         values = {}
-        for task, score in row["tasks"].items():
+        for task, score in known["tasks"].items():
             if score["value"] is None:  # not finite, which JSON cannot say
                 continue
             low, high = score.get("ci") or (None, None)
             values[task] = (score["value"], low, high)
-            units[task] = UNIT.get(score["metric"], score["metric"])
-        for modality, value in row["sqnr_db"].items():
+            units[task] = metrics.of(score["metric"]).label
+        for modality, value in (known["sqnr_db"] or {}).items():
             if value is not None:
                 values[f"SQNR {modality}"] = (value, None, None)
-        found.append(Point(run.label, run.method, _family(run), row["bits_per_weight"], values))
+        found.append(Point(run.label, run.method, _family(run), known["bits_per_weight"], values))
     for point in found:
         units |= {what: "dB" for what in point.values if what.startswith("SQNR ")}
     return found, units

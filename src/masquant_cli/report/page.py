@@ -10,18 +10,18 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from masquant_cli import __version__
+from masquant_cli import __version__, metrics
 from masquant_cli.recipe import Recipe
 from masquant_cli.report import data, style
 from masquant_cli.report.gather import Run
 from masquant_cli.report.sections import Absent, Drawing
+from masquant_cli.rows import in_order
 
 FIGURE_NAMES = re.compile(
     r"trade-off|sqnr-per-layer|site-errors(-\d+)?|activation-ranges|dominance|effective-rank|"
     r"rank-curves(-by-site)?"
 )
 NONE = "–"
-SHORT = {"accuracy": "%", "wer": "WER %"}
 
 
 class Column(NamedTuple):
@@ -35,7 +35,7 @@ class Column(NamedTuple):
 COSTS = (
     ("bits_per_weight", "bits per weight", ".2f", False),
     ("bytes", "linears", "bytes", False),
-    ("seconds", "time", "seconds", None),
+    ("seconds", "time after calibration", "seconds", None),
     ("peak_bytes", "peak memory", "bytes", None),
     ("peak_gpu_bytes", "peak GPU", "bytes", None),
 )
@@ -109,17 +109,18 @@ def tables(found: Sequence[dict]) -> list[dict]:
     """Scores with costs, then distances from float: {"groups": [(name, columns)], "heads",
     "rows": [{"name", "cells": [(text, best)]}]}. A column that no run can fill is left out."""
     tasks = list(dict.fromkeys(t for row in found for t in row["tasks"]))
-    modalities = list(dict.fromkeys(m for row in found for m in row["sqnr_db"]))
+    modalities = list(dict.fromkeys(m for row in found for m in row["sqnr_db"] or {}))
     scores: list[Column] = []
     for task in tasks:
         metric = next(row["tasks"][task]["metric"] for row in found if task in row["tasks"])
         values = [(row["tasks"].get(task) or {}).get("value") for row in found]
-        head = f"{task} {SHORT.get(metric, metric)}"
-        scores.append(Column("Tasks", head, values, ".1f", data.HIGHER_IS_BETTER.get(metric)))
+        known = metrics.of(metric)
+        head = f"{metrics.head(task, metric)} {known.unit}".rstrip()
+        scores.append(Column("Tasks", head, values, ".1f", known.higher))
     for key, head, form, higher in COSTS:
         scores.append(Column("Cost", head, [row[key] or None for row in found], form, higher))
     distances = [
-        Column(group, modality, [row[key].get(modality) for row in found], form, higher)
+        Column(group, modality, [(row[key] or {}).get(modality) for row in found], form, higher)
         for key, group, form, higher in DISTANCES
         for modality in modalities
     ]
@@ -202,7 +203,7 @@ def summary(runs: Sequence[Run]) -> list[str]:
 
 
 def _modal_sqnr(run: Run) -> dict[str, float]:
-    found = data.in_order((run.evaluation or {}).get("sqnr_db"))
+    found = in_order((run.evaluation or {}).get("sqnr_db")) or {}
     return {modality: value for modality, value in found.items() if value is not None}
 
 
