@@ -8,7 +8,6 @@ import torch
 from masquant_cli.algo.curves import (
     Bits,
     dominance,
-    misalignment_db,
     own_weight_db,
     range_ratios,
     rank_curve,
@@ -29,14 +28,6 @@ def test_range_ratios_leave_out_what_a_modality_never_fired():
     first, second = range_ratios(torch.tensor([[1.0, 5, 2, 0], [2.0, 2.5, 0, 0]]))
     assert first.tolist() == [2, 1, 1]
     assert second.tolist() == [1, 2]
-
-
-def test_misalignment_is_equation_20():
-    # alpha 1, 2: mean of (1, 1/4) is 5/8. A common factor costs nothing.
-    assert misalignment_db(torch.tensor([1.0, 2.0])) == pytest.approx(10 * math.log10(5 / 8))
-    assert misalignment_db(torch.tensor([30.0, 60.0])) == pytest.approx(10 * math.log10(5 / 8))
-    assert misalignment_db(torch.tensor([7.0, 7.0, 7.0])) == 0
-    assert misalignment_db(torch.tensor([])) == 0
 
 
 @pytest.mark.parametrize(("scale", "ratio"), [([1.0, 1.0], 3.4 / 0.4), ([1.0, 2.0], 3.4 / 0.1)])

@@ -271,6 +271,11 @@ def test_dominance_by_site_kind(two):
     # is 5/12. Text and audio lose most at the narrowest: 8, 8, 1, 1, 1, which makes 0.606.
     assert (site, modality) == ((0, "mlp_out"), 1)
     assert loss == pytest.approx(10 * math.log10(5 / 12))
+    # Audio never fired and loses nothing; text has alpha 2, 1 and loses what it loses alone.
+    silent = {(3, "mlp_in"): torch.tensor([[1.0, 4.0], [2.0, 4.0], [0.0, 0.0]])}
+    site, modality, loss = data.most_misaligned(silent)
+    assert (site, modality) == ((3, "mlp_in"), 0)
+    assert loss == pytest.approx(10 * math.log10(5 / 8))
 
 
 def test_sites_are_spread():

@@ -5,6 +5,7 @@ that changes with the unit of alpha; and eq. 19 is no upper bound: some tokens g
 """
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from masquant_cli.algo.low_rank import best_low_rank, unwhitened_low_rank
 from masquant_cli.algo.smoothing import closed_form_scale, uniform_absmax
 from masquant_cli.algo.theory import misalignment_db
 
+ROOT = Path(__file__).parents[1]
 D, TOKENS = 384, 600
 
 
@@ -71,6 +73,25 @@ def test_the_prediction_by_hand():
     assert misalignment_db(torch.tensor([1.0, 2, 2])) == pytest.approx(-3.0103, abs=1e-4)
     assert misalignment_db(torch.tensor([10.0, 1])) == pytest.approx(10 * math.log10(0.505))
     assert misalignment_db(torch.tensor([7.0])) == 0
+    # alpha 1, 2: the mean of 1, 1/4 is 5/8. A common factor costs nothing.
+    assert misalignment_db(torch.tensor([1.0, 2])) == pytest.approx(10 * math.log10(5 / 8))
+    assert misalignment_db(torch.tensor([30.0, 60])) == pytest.approx(10 * math.log10(5 / 8))
+
+
+def test_the_prediction_is_written_once(monkeypatch):
+    written = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("src", "tools")
+        for path in (ROOT / folder).rglob("*.py")
+        if "def misalignment_db" in path.read_text(encoding="utf-8")
+    ]
+    assert written == ["src/masquant_cli/algo/theory.py"]
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from evidence import synthetic
+
+    assert synthetic.misalignment_db is misalignment_db
+    lost = synthetic.theorem1_loss_db(torch.tensor([16.0, 16.0]))
+    assert lost == 0 and math.copysign(1, lost) == 1
 
 
 def test_zero_if_and_only_if_alpha_is_constant():

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from masquant_cli.algo.theory import misalignment_db
+
 IN, OUT = 512, 768
 MODALITIES = ("text", "vision", "audio")
 # Alpha over text as (lowest, highest, share of channels): log-uniform over the share, 1 elsewhere,
@@ -87,5 +89,4 @@ def _factor(exponent: float, generator: torch.Generator) -> Tensor:
 def theorem1_loss_db(alpha: Tensor) -> float:
     """What Theorem 1 says uniform smoothing costs the weaker modality: eq. 17's last term, in dB,
     at least 0, for alpha [IN] of the dominant over the weaker. Exact for equal |x| / range."""
-    inverse = alpha.double().reciprocal().square()
-    return float(10 * torch.log10(len(alpha) * inverse.max() / inverse.sum()))
+    return 0.0 - misalignment_db(alpha)  # 0 and not -0 where nothing is lost

@@ -63,17 +63,6 @@ def range_ratios(absmax: Tensor) -> list[Tensor]:
     return [(largest / own.double())[own > 0] for own in absmax]
 
 
-def misalignment_db(ratios: Tensor) -> float:
-    """Eq. 20: the change in a modality's SQNR bound under uniform smoothing, <= 0 dB.
-
-    ratios [n]: its alpha per channel. 0 where all are equal, and for no channels.
-    """
-    if not len(ratios):
-        return 0.0
-    relative = (ratios.double().min() / ratios.double()).square()
-    return float(10 * relative.mean().log10())
-
-
 def own_weight_db(weight: Tensor, scale: Tensor, rows: Tensor, bits: Bits) -> float:
     """SQNR in dB of eq. 21: a modality served by a weight quantized for its own scale.
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, cat
 
 from masquant_cli import metrics
-from masquant_cli.algo.curves import dominance, misalignment_db, range_ratios
+from masquant_cli.algo.curves import dominance, range_ratios
+from masquant_cli.algo.theory import misalignment_db
 from masquant_cli.recipe import SITE_KINDS
 from masquant_cli.report.comparisons import Point
 from masquant_cli.report.gather import Run, Site
@@ -88,9 +89,10 @@ def first_middle_last(sites: Iterable[Site]) -> list[Site]:
 
 
 def most_misaligned(absmax: Mapping[Site, Tensor]) -> tuple[Site, int, float]:
-    """The (site, modality index, dB) that uniform smoothing costs most by eq. 20."""
+    """The (site, modality index, dB) that uniform smoothing costs most by eq. 20: 0 dB where the
+    modality never fired."""
     losses = [
-        (misalignment_db(ratios), site, m)
+        (misalignment_db(ratios) if len(ratios) else 0.0, site, m)
         for site, ranges in absmax.items()
         for m, ratios in enumerate(range_ratios(ranges))
     ]
