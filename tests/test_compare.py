@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors import safe_open
 
 from masquant_cli import compare as module
 from masquant_cli import pipeline
-from masquant_cli.cli import app, render
+from masquant_cli.cli import app, common, render
 from masquant_cli.compare import compare
 from masquant_cli.entries import Entry, entries
 from masquant_cli.errors import ArtifactError, CheckError, RecipeError
@@ -336,3 +337,14 @@ def test_a_reused_calibration_is_listed_once(made, monkeypatch):
     assert list(again["calibrations"].values()) == list(found["calibrations"].values())
     alone = compare(named[1:], evaluation=narrowed(chosen[0].recipe))
     assert alone["calibrations"] == found["calibrations"]
+
+
+def test_options_say_what_they_take(capsys):
+    for command, said in (
+        ("compare", "Only this task, or a benchmark; repeatable."),
+        ("run", "Take a finished calibration from this run; repeatable."),
+    ):
+        assert app.main([command, "--help"]) == 0
+        assert said in " ".join(re.sub(r"[│|]", " ", capsys.readouterr().out).split())
+    (benchmark,) = common.narrowed(small(), ("textvqa",), 3).evaluation.tasks
+    assert benchmark.benchmark == "textvqa"  # which compare takes as eval does

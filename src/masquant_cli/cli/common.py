@@ -25,7 +25,7 @@ Set = Annotated[
 ]
 Reuse = Annotated[
     list[Path] | None,
-    typer.Option(metavar="DIR", help="Take finished stages from this run; repeatable."),
+    typer.Option(metavar="DIR", help="Take a finished calibration from this run; repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and why.")]

@@ -25,7 +25,8 @@ def compare(
     ] = None,
     set_: Set = None,
     task: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Only this task; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this task, or a benchmark; repeatable."),
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="At most this many per task.")] = None,
     float_: Annotated[bool, typer.Option("--float", help="A row for the float model.")] = False,
