@@ -24,6 +24,8 @@ from masquant_cli import compare, metrics
 from masquant_cli.cli import render
 from masquant_cli.entries import Entry
 from masquant_cli.errors import ArtifactError, EnvironmentProblem, RecipeError
+from masquant_cli.inspect.checkpoints import folder
+from masquant_cli.models.index import INDEX
 from masquant_cli.models.loading import load_float
 from masquant_cli.models.resolve import resolve
 from masquant_cli.models.sites import find_sites
@@ -427,6 +429,17 @@ def test_float_weights_of_a_sharded_checkpoint_with_other_names(tmp_path):
     shard.write_bytes(b"short")
     with pytest.raises(RecipeError, match="cannot be read"):
         weights.read(layer.layer, site.kind)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {"a.weight": 1}}'])
+def test_a_list_of_shards_that_is_none_is_said(text, tmp_path):
+    tiny_models.qwen2_5_vl().save_pretrained(tmp_path)
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(RecipeError, match="tensors cannot be listed") as caught:
+        FloatWeights(tmp_path)
+    assert caught.value.where == str(tmp_path)
+    with pytest.raises(RecipeError, match="list of shards cannot be read"):
+        folder(tmp_path)
 
 
 def test_rank_curves_of_a_run(tmp_path, monkeypatch):

@@ -10,10 +10,10 @@ from masquant_cli.errors import ArtifactError, RecipeError
 from masquant_cli.inspect import files
 from masquant_cli.inspect.files import LOW_RANK, STORED, Tensor, parts
 from masquant_cli.models.families import FAMILIES
+from masquant_cli.models.index import INDEX, weight_map
 from masquant_cli.rundir import Manifest, read_manifest
 from masquant_cli.runtime.scheme import QUANT_METHOD, Scheme
 
-INDEX = "model.safetensors.index.json"
 KIND_OF = {
     linear: kind
     for family in FAMILIES.values()
@@ -118,18 +118,16 @@ def _config(path: Path) -> dict:
 def _tensors(path: Path, ours: bool) -> tuple[list[Tensor], list[dict]]:
     """Every tensor of the folder, and its files {"name", "bytes", "tensors"}."""
     problem = ArtifactError if ours else RecipeError
-    index = path / INDEX
-    if index.exists():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise problem(
-                f"the list of shards cannot be read: {error}",
-                where=str(index),
-                hint="write or download the model again",
-            ) from error
+    try:
+        listed = weight_map(path)
+    except (OSError, ValueError) as error:
+        raise problem(
+            f"the list of shards cannot be read: {error}",
+            where=str(path / INDEX),
+            hint="write or download the model again",
+        ) from error
+    if listed is not None:
+        names = sorted(set(listed.values()))
     else:
         whole = path / "model.safetensors"
         names = (

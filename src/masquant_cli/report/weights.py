@@ -1,6 +1,5 @@
 """Float weights of single sites, straight from the checkpoint's shards: never the whole model."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -8,11 +7,10 @@ from safetensors import SafetensorError, safe_open
 
 from masquant_cli.errors import RecipeError
 from masquant_cli.models.families import family_of
+from masquant_cli.models.index import weight_map
 from masquant_cli.models.loading import read_config
 from masquant_cli.models.names import disk_names
 from masquant_cli.models.sites import Site, find_sites
-
-INDEX = "model.safetensors.index.json"
 
 
 class FloatWeights:
@@ -56,11 +54,11 @@ class FloatWeights:
 def _files(folder: Path) -> dict[str, str]:
     """{tensor on disk: the file that holds it}."""
     try:
-        if (folder / INDEX).exists():
-            return json.loads((folder / INDEX).read_text())["weight_map"]
+        if (found := weight_map(folder)) is not None:
+            return found
         with safe_open(folder / "model.safetensors", framework="pt") as shard:
             return dict.fromkeys(shard.keys(), "model.safetensors")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise RecipeError(
             f"the checkpoint's tensors cannot be listed: {error}",
             where=str(folder),

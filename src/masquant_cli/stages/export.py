@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from masquant_cli.errors import RecipeError
 from masquant_cli.models.families import family_of
+from masquant_cli.models.index import INDEX
 from masquant_cli.models.names import disk_names, new_disk_names
 from masquant_cli.models.resolve import model_files
 from masquant_cli.models.sites import Site
@@ -24,7 +25,6 @@ from masquant_cli.stages.card import write_card
 from masquant_cli.stages.job import Job
 from masquant_cli.stages.verify import verify
 
-INDEX = "model.safetensors.index.json"
 # Not carried: weights in any format, and files that describe the float model.
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 REPLACED = ("config.json", INDEX, "README.md")
