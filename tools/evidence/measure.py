@@ -22,6 +22,11 @@ from masquant_cli.rundir import fingerprint, versions, write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
 RUNS = ROOT / "runs" / "evidence"
+# What cells of synthetic layers depend on, beside the rest.
+LAYERS = (
+    *(Path(__file__).with_name(name) for name in ("synthetic.py", "layers.py")),
+    ROOT / "src/masquant_cli/algo/theory.py",
+)
 # Source that numbers depend on. What reads recipes counts by the recipes it gives.
 PACKAGES = ("algo", "methods", "models", "data", "runtime", "stages")
 WITHOUT = (
@@ -30,6 +35,8 @@ WITHOUT = (
     "bench.py",
     "verify.py",
     "judge.py",
+    "export.py",
+    "index.py",
     "leak.py",
     "eval_cache.py",
     "curves.py",
@@ -55,7 +62,8 @@ def cell_fingerprint(cell: Cell) -> str:
     """Of all that the cell's numbers depend on, library versions aside."""
     if cell.kind == "layer":
         recipes = [_said(cell.recipe(label)) for label in layer_methods()]
-        return fingerprint([cell.where, recipes, code_fingerprint()])
+        layers = [bare(file.read_text(encoding="utf-8")) for file in LAYERS]
+        return fingerprint([cell.where, recipes, layers, code_fingerprint()])
     recipe = _said(cell.recipe())
     recipe["model"]["path"] = cell.where
     return fingerprint([recipe, _model(cell.where), code_fingerprint()])
@@ -78,7 +86,6 @@ def code_fingerprint() -> str:
     """Of masquant's code; docstrings and lines of comment do not count."""
     package, kernels = ROOT / "src" / "masquant_cli", ROOT / "kernels" / "masquant_kernels"
     files = [f for folder in (*(package / p for p in PACKAGES), kernels) for f in folder.rglob("*")]
-    files += [Path(__file__).with_name(name) for name in ("synthetic.py", "layers.py")]
     kept = {}
     for file in files:
         path = file.relative_to(ROOT)
