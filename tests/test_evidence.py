@@ -175,9 +175,13 @@ def test_verdicts_follow_the_numbers():
     both = ordering.verdicts(claim, {"planted W4A8": weak, "unplanted W4A8": turned})
     assert ordering.sentence(claim, both).splitlines() == [
         f"- **{claim.title}**: holds in 1 of 2 places.",
-        "  In dB, text under its own scales against text under SmoothQuant's:",
+        "  <details><summary>In dB, text under its own scales against text under SmoothQuant's"
+        "</summary>",
+        "",
         "  - holds: planted W4A8 19.0 against 7.0.",
         "  - does not: unplanted W4A8 7.0 against 19.0.",
+        "",
+        "  </details>",
     ]
     assert "holds in all 1" in ordering.sentence(claim, both[:1])
     assert "does not hold in any of 1" in ordering.sentence(claim, both[1:])

@@ -135,9 +135,9 @@ def sentence(claim: Claim, found: Iterable[Verdict]) -> str:
         head += f"does not hold in any of {len(found)} places."
     else:
         head += f"holds in {len(yes)} of {len(found)} places."
-    lines = [head, f"  In dB, {claim.left} against {claim.right}:"]
+    lines = [head, f"  <details><summary>In dB, {claim.left} against {claim.right}</summary>", ""]
     for name, group in (("holds", yes), ("does not", no)):
         if group:
             said = "; ".join(f"{v.place} {v.left:.1f} against {v.right:.1f}" for v in group)
             lines.append(f"  - {name}: {said}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "  </details>"])
