@@ -28,8 +28,9 @@ help:
 demo: install
 	$(BIN)/masquant demo $(ARGS)
 
+# A file at a time on each core; more than one thread per worker would only fight for them.
 test: install
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
