@@ -17,10 +17,11 @@ import fake_runs
 import pytest
 import tiny_models
 import torch
+from jobs import small
 
 pytest.importorskip("matplotlib")
 
-from masquant_cli import compare, metrics
+from masquant_cli import compare, metrics, pipeline
 from masquant_cli.cli import render
 from masquant_cli.entries import Entry
 from masquant_cli.errors import ArtifactError, EnvironmentProblem, RecipeError
@@ -667,3 +668,12 @@ def test_without_the_extra_the_error_names_it(monkeypatch, tmp_path, two):
     with pytest.raises(EnvironmentProblem, match="matplotlib") as caught:
         report(two, tmp_path)
     assert caught.value.exit_code == 3 and "masquant[report]" in caught.value.hint
+
+
+def test_what_a_real_runs_stages_read_is_put_together(tmp_path):
+    """smooth reads some of `weights` and compensate the rest; neither may hide the other."""
+    pipeline.run(small("method=masquant", "smoothing.learn=false"), tmp_path, until="compensate")
+    (run,) = gather([tmp_path])
+    assert run.bits == "W4A8"
+    assert not [said for said in run.missing if "newer" in said]
+    assert run.recipe == pipeline.recipe_of(tmp_path).model_dump(mode="json")

@@ -155,19 +155,19 @@ def _gather(path: Path, reuse: Sequence[Path]) -> Run:
     said: dict = {}
     for stage in ("calibrate", "smooth", "compensate"):
         if stage in stages:
-            said |= stages[stage][1].reads
+            said = _over(said, stages[stage][1].reads)
     keys = ("modalities", "calibration", "seed", "method", "weights", "activations", "smoothing")
     made = {key: said[key] for key in keys if key in said}
     if "compensate" in stages or recipe is None:  # smooth says only what it reads of it
         made |= {"compensation": said["compensation"]} if "compensation" in said else {}
     if recipe is None:
         missing.append("It has no recipe.json; what is known of its recipe is from its manifests.")
-    elif changed := [key for key, value in made.items() if value != recipe.get(key, value)]:
+    elif changed := [key for key in made if _over(recipe, {key: made[key]}) != recipe]:
         missing.append(
             f"Its recipe.json is newer than its stages ({', '.join(changed)} differ); "
             "what the stages were made with is shown."
         )
-    recipe = {"name": path.name, **(recipe or {}), **made}
+    recipe = _over({"name": path.name, **(recipe or {})}, made)
     heldout, origin = _smooth_notes(stages, recipe)
     corrections = _compensate_notes(stages)
     if "compensate" in stages and not corrections:
@@ -176,6 +176,12 @@ def _gather(path: Path, reuse: Sequence[Path]) -> Run:
         missing.append("It has one modality, so no modality dominates another.")
     scores = evaluation(path, stages, missing)
     return Run(path, "", recipe, stages, heldout, origin, corrections, scores, tuple(missing))
+
+
+def _over(below: dict, above: dict) -> dict:
+    """`above` over `below`; a section that several stages read parts of is put together."""
+    both = {k: {**below[k], **v} for k, v in above.items() if isinstance(v, dict) and k in below}
+    return {**below, **above, **both}
 
 
 def _recipe(path: Path) -> dict | None:
