@@ -15,6 +15,7 @@ from masquant_cli.errors import ArtifactError, RecipeError
 from masquant_cli.machine import measure
 from masquant_cli.progress import NullProgress, Progress
 from masquant_cli.rundir import (
+    RECIPE,
     STAGES,
     Manifest,
     RunDir,
@@ -28,8 +29,6 @@ from masquant_cli.rundir import (
     write_json,
     write_manifest,
 )
-
-RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True)

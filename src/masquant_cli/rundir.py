@@ -21,6 +21,7 @@ from masquant_cli.errors import ArtifactError, EnvironmentProblem
 
 SCHEMA = 1
 WHOLE = 64 << 20  # bytes; larger files are not read to their end to see whether they changed
+RECIPE = "recipe.json"  # of a run directory: what it was last run with
 STAGES = ("calibrate", "smooth", "compensate", "export")
 
 
@@ -166,6 +167,22 @@ def fingerprint(content: object) -> str:
     """sha256 of json-able content, independent of key order."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_mapping(path: Path, what: str, hint: str) -> dict | None:
+    """A JSON file's mapping, None where there is no such file. Raises ArtifactError for damage,
+    which says that `what` cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a mapping")
+        return content
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{what} cannot be read: {error}", where=str(path), hint=hint
+        ) from error
 
 
 def write_json(path: Path, content: object) -> None:

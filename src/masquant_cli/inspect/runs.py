@@ -7,9 +7,7 @@ from pathlib import Path
 from masquant_cli.errors import ArtifactError
 from masquant_cli.inspect import checkpoints
 from masquant_cli.recipe import Recipe
-from masquant_cli.rundir import STAGES, Manifest, fingerprint, read_manifest
-
-RECIPE = "recipe.json"
+from masquant_cli.rundir import RECIPE, STAGES, Manifest, fingerprint, read_manifest
 
 
 def is_run(path: Path) -> bool:

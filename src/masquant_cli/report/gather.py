@@ -5,7 +5,6 @@ anything else is named in `Run.missing`, in a sentence for people.
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from masquant_cli.errors import ArtifactError, RecipeError
 from masquant_cli.models.families import FAMILIES
 from masquant_cli.report.scores import evaluation, result_in
 from masquant_cli.rundir import (
+    RECIPE,
     STAGES,
     Manifest,
     RunDir,
@@ -27,6 +27,7 @@ from masquant_cli.rundir import (
     damaged_output,
     fingerprint,
     read_manifest,
+    read_mapping,
 )
 
 Site = tuple[int, str]  # decoder layer, site kind
@@ -141,7 +142,9 @@ def gather(paths: Sequence[Path], reuse: Sequence[Path] = ()) -> list[Run]:
 
 
 def _gather(path: Path, reuse: Sequence[Path]) -> Run:
-    recipe = _recipe(path)
+    recipe = read_mapping(
+        path / RECIPE, "this run's recipe", "run the recipe again in this directory"
+    )
     manifests = {stage: read_manifest(path / stage) for stage in STAGES}
     if recipe is None and not any(manifests.values()):
         if alone := _float(path):
@@ -182,23 +185,6 @@ def _over(below: dict, above: dict) -> dict:
     """`above` over `below`; a section that several stages read parts of is put together."""
     both = {k: {**below[k], **v} for k, v in above.items() if isinstance(v, dict) and k in below}
     return {**below, **above, **both}
-
-
-def _recipe(path: Path) -> dict | None:
-    file = path / "recipe.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is not a mapping")
-        return content
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"this run's recipe cannot be read: {error}",
-            where=str(file),
-            hint="run the recipe again in this directory",
-        ) from error
 
 
 def _stages(

@@ -1,10 +1,9 @@
 """A run's evaluation: RUN/eval/result.json, when it is of the export that lies there now."""
 
-import json
 from pathlib import Path
 
-from masquant_cli.errors import ArtifactError
 from masquant_cli.recipe import Model
+from masquant_cli.rundir import read_mapping
 from masquant_cli.stages import model_fingerprint
 
 
@@ -29,16 +28,4 @@ def evaluation(path: Path, stages: dict, missing: list[str]) -> dict | None:
 
 def result_in(file: Path) -> dict | None:
     """An evaluation's result, None where there is no such file. Raises ArtifactError."""
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(result, dict):
-            raise ValueError("it is not a mapping")
-        return result
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"this evaluation cannot be read: {error}",
-            where=str(file),
-            hint="delete it and run masquant eval again",
-        ) from error
+    return read_mapping(file, "this evaluation", "delete it and run masquant eval again")
