@@ -21,6 +21,12 @@ class Site:
     linears: tuple[str, ...]  # "model.layers.0.self_attn.q_proj", ... in site order
     in_features: int
     out_features: tuple[int, ...]  # one per linear
+    expert: int | None = None  # of an experts layer, where every expert has a site of its own
+
+    @property
+    def key(self) -> str:
+        """What artifacts of the layer call it: the kind, or "mlp_out.17" for expert 17."""
+        return self.kind if self.expert is None else f"{self.kind}.{self.expert}"
 
     @property
     def module(self) -> str:
@@ -30,7 +36,7 @@ class Site:
     @property
     def name(self) -> str:
         """What reports and errors call it: "layer 3 attn_in"."""
-        return f"layer {self.layer} {self.kind}"
+        return f"layer {self.layer} {self.key}"
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,11 @@ class LayerSites:
     module: str  # "model.language_model.layers.0"
     sites: tuple[Site, ...]
 
-    def __getitem__(self, kind: str) -> Site:
+    def __getitem__(self, key: str) -> Site:
         for site in self.sites:
-            if site.kind == kind:
+            if site.key == key:
                 return site
-        raise KeyError(f"layer {self.layer} has no site {kind!r}")
+        raise KeyError(f"layer {self.layer} has no site {key!r}")
 
 
 def layers_path(model: nn.Module, family: Family | None = None) -> str:

@@ -29,7 +29,7 @@ class FloatWeights:
         self.file_of = _files(folder)
         self.disk = disk_names(skeleton, self.file_of)
         self.sites: dict[tuple[int, str], Site] = {
-            (layer.layer, site.kind): site for layer in find_sites(skeleton) for site in layer.sites
+            (layer.layer, site.key): site for layer in find_sites(skeleton) for site in layer.sites
         }
 
     def read(self, layer: int, kind: str) -> torch.Tensor:

@@ -57,7 +57,7 @@ def pooled_gram(
     """
     total = torch.zeros(problem.weight.shape[1], problem.weight.shape[1], device=scale.device)
     for m, name in enumerate(job.recipe.modalities):
-        key = f"{site.kind}.{name}.gram"
+        key = f"{site.key}.{name}.gram"
         gram = _gram(problem.rows[m])
         if key in statistics:  # of all tokens: those that will judge are taken out
             gram = statistics[key].to(scale.device) - _gram(problem.heldout[m])

@@ -46,7 +46,7 @@ class Blocks:
 
     def _advance(self, block: "LayerBlock") -> None:
         saved = shards.load(shards.layer_file(self.solved, block.layer.layer))
-        scales = {s.kind: saved[f"{s.kind}.scale"].to(self._device) for s in block.layer.sites}
+        scales = {s.key: saved[f"{s.key}.scale"].to(self._device) for s in block.layer.sites}
         for index, stream in enumerate(block.inputs):
             with torch.no_grad():
                 stream.quantized = block.run(index, scales)[None]
@@ -130,7 +130,7 @@ def _quantized(job: Job, layer: LayerSites, scales: Scales, ids: Tensor) -> Iter
             for name in site.linears:
                 linear = job.loaded.model.get_submodule(name)
 
-                def forward(x, linear=linear, scale=scales[site.kind]):
+                def forward(x, linear=linear, scale=scales[site.key]):
                     weight = linear.weight.detach().float()
                     y = modality_linear(x[0].float(), ids, weight, scale, quantize, bits)
                     y = y if linear.bias is None else y + linear.bias.detach().float()

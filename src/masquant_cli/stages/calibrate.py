@@ -78,7 +78,7 @@ def _layer(
         ids, real = current[0].ids[current[0].real], current[0].real
         seen = x[real]
         for index, name in enumerate(recipe.modalities):
-            gathered[site.kind, name].update(seen[ids == index])
+            gathered[site.key, name].update(seen[ids == index])
 
     with watch_sites(model, () if skip else layer.sites, see):
         for batch in work:
@@ -104,7 +104,7 @@ def _fresh(job: Job, layer: LayerSites) -> dict[tuple[str, str], InputStatistics
     for s, site in enumerate(layer.sites):
         for m, name in enumerate(recipe.modalities):
             seed = ((recipe.seed * 1009 + layer.layer) * 31 + s) * 17 + m
-            found[site.kind, name] = InputStatistics(
+            found[site.key, name] = InputStatistics(
                 width=site.in_features,
                 keep=recipe.calibration.rows,
                 with_gram=site.kind in recipe.calibration.gram,

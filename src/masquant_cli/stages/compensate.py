@@ -44,7 +44,7 @@ def compensate(job: Job, folder: Path, fingerprint: str) -> dict:
             statistics = job.read("calibrate", layer.layer)
             scales = job.read("smooth", layer.layer)
             for site in layer.sites:
-                _site(job, site, statistics, scales[f"{site.kind}.scale"], tensors, notes)
+                _site(job, site, statistics, scales[f"{site.key}.scale"], tensors, notes)
             shards.save(path, tensors, fingerprint=fingerprint, notes=notes)
         notes = shards.read_header(path)["notes"]
         left += [n["residual_energy_left"] for n in notes.values() if "rank" in n]
@@ -67,13 +67,13 @@ def _site(
     problem, scale = site_problem(job, site, statistics), scale.to(device)
     rounded, how = base_weight(job, site, problem, scale, statistics)
     if not nearest:
-        tensors[f"{site.kind}.weight"] = rounded.q
-        notes[site.kind] = {"rounding": how}
+        tensors[f"{site.key}.weight"] = rounded.q
+        notes[site.key] = {"rounding": how}
     if not job.rank(site):
         return
     weight, base, options = problem.weight, dequantize_weight(rounded), recipe.weights
     for m, name in enumerate(recipe.modalities[1:], start=1):
-        key = f"{site.kind}.{name}"
+        key = f"{site.key}.{name}"
         reached = weight * scale[m]
         if recipe.compensation.target == "quantized":
             reached = fake_quant_weight(

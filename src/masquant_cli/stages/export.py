@@ -152,25 +152,25 @@ class _Packer:
         if self.layer != site.layer:
             self.layer, self.packed = site.layer, {}
             self.solved = {s: self.job.read(s, site.layer) for s in ("smooth", "compensate")}
-        if site.kind not in self.packed:
-            self.packed[site.kind] = _pack(self.job, site, **self.solved)
+        if site.key not in self.packed:
+            self.packed[site.key] = _pack(self.job, site, **self.solved)
         owners = (f"{linear}.",)
         if linear == site.linears[0]:
             owners += (f"{site.module}.",)
-        return {k: t for k, t in self.packed[site.kind].items() if k.startswith(owners)}
+        return {k: t for k, t in self.packed[site.key].items() if k.startswith(owners)}
 
 
 def _pack(job: Job, site: Site, smooth: dict, compensate: dict) -> dict[str, torch.Tensor]:
     """The site's tensors, from its layer's solved scales and corrections."""
-    scale = smooth[f"{site.kind}.scale"]
+    scale = smooth[f"{site.key}.scale"]
     low_rank = {
-        name: (compensate[f"{site.kind}.{name}.lr_a"], compensate[f"{site.kind}.{name}.lr_b"])
+        name: (compensate[f"{site.key}.{name}.lr_a"], compensate[f"{site.key}.{name}.lr_b"])
         for name in job.recipe.modalities
-        if f"{site.kind}.{name}.lr_a" in compensate
+        if f"{site.key}.{name}.lr_a" in compensate
     }
     weights = [job.loaded.model.get_submodule(n).weight.detach().cpu() for n in site.linears]
     return export_tensors(
-        site, weights, scale, low_rank, job.scheme, compensate.get(f"{site.kind}.weight")
+        site, weights, scale, low_rank, job.scheme, compensate.get(f"{site.key}.weight")
     )
 
 

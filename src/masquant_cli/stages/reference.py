@@ -56,12 +56,12 @@ def _fake_quantized(job: Job) -> Iterator[_Now]:
 
 def _replace(job: Job, site: Site, scales: dict, low_rank: dict, now: _Now) -> list:
     recipe, device = job.recipe, job.loaded.model.device
-    scale = scales[f"{site.kind}.scale"].to(device)
+    scale = scales[f"{site.key}.scale"].to(device)
     options = recipe.weights
     pairs = {
-        m: (low_rank[f"{site.kind}.{name}.lr_a"], low_rank[f"{site.kind}.{name}.lr_b"])
+        m: (low_rank[f"{site.key}.{name}.lr_a"], low_rank[f"{site.key}.{name}.lr_b"])
         for m, name in enumerate(recipe.modalities)
-        if f"{site.kind}.{name}.lr_a" in low_rank
+        if f"{site.key}.{name}.lr_a" in low_rank
     }
     handles, start = [], 0
     for name, out in zip(site.linears, site.out_features, strict=True):
@@ -72,8 +72,8 @@ def _replace(job: Job, site: Site, scales: dict, low_rank: dict, now: _Now) -> l
             options.group_size,
             options.symmetric,
         )
-        if f"{site.kind}.weight" in low_rank:  # rounded by GPTQ, in the same scales
-            q = low_rank[f"{site.kind}.weight"][start : start + out].to(device)
+        if f"{site.key}.weight" in low_rank:  # rounded by GPTQ, in the same scales
+            q = low_rank[f"{site.key}.weight"][start : start + out].to(device)
             base = base._replace(q=q)
         mine = {
             m: (a.to(device), b[:, start : start + out].to(device)) for m, (a, b) in pairs.items()

@@ -53,9 +53,9 @@ def _problem(job: Job, layer: LayerSites, sensitivity: Sensitivity, block: Block
     seed = job.recipe.seed * 7919 + layer.layer * 31
     return Layer(
         modalities=job.recipe.modalities,
-        sites={site.kind: site_problem(job, site, statistics) for site in layer.sites},
+        sites={site.key: site_problem(job, site, statistics) for site in layer.sites},
         smoothing=job.recipe.smoothing,
-        seeds={site.kind: seed + s for s, site in enumerate(layer.sites)},
+        seeds={site.key: seed + s for s, site in enumerate(layer.sites)},
         sensitivity=functools.partial(sensitivity.of, layer.layer),
         block=functools.partial(block.at, layer.layer),
     )
@@ -67,14 +67,14 @@ def site_problem(job: Job, site: Site, statistics: dict[str, torch.Tensor]) -> S
     device = job.loaded.model.device
     rows, heldout, absmax, mean_abs, tokens = [], [], [], [], []
     for name in recipe.modalities:
-        sample = statistics[f"{site.kind}.{name}.rows"].to(device)
+        sample = statistics[f"{site.key}.{name}.rows"].to(device)
         # Rows come in random order; at least one on each side, however few there are.
         judged = min(max(1, int(recipe.smoothing.heldout * len(sample))), len(sample))
         heldout.append(sample[:judged])
         rows.append(sample[judged:] if judged < len(sample) else sample)
-        absmax.append(statistics[f"{site.kind}.{name}.absmax"].to(device))
-        mean_abs.append(statistics[f"{site.kind}.{name}.mean_abs"].to(device))
-        tokens.append(int(statistics[f"{site.kind}.{name}.count"]))
+        absmax.append(statistics[f"{site.key}.{name}.absmax"].to(device))
+        mean_abs.append(statistics[f"{site.key}.{name}.mean_abs"].to(device))
+        tokens.append(int(statistics[f"{site.key}.{name}.count"]))
     weights = recipe.smoothing.loss_weights
     return SiteProblem(
         weight=job.weight(site),
