@@ -1,7 +1,7 @@
 """Experts layers: each expert's linears by name, where Transformers keeps two tensors for all.
 
 `unfuse` turns a model's fused experts ([E, 2I, H] and [E, H, I] parameters) into `Experts`, which
-gives the same result from linears called `...mlp.experts.17.gate_proj`. Routers are left as they are.
+gives the same result from linears called `...mlp.experts.17.gate_proj`. Routers are left alone.
 """
 
 import re

@@ -40,6 +40,14 @@ class Batch:
             self._modality[device] = self.ids.flatten().to(device, torch.int32)
         return self._modality[device]
 
+    def take(self, tokens: Tensor) -> "Batch":
+        """Those `tokens` alone: int64 [n], counted through the batch."""
+        if self._modality is None:
+            return Batch(tokens, mixed=False)  # of the ids nothing but their number is asked
+        part = Batch(tokens, mixed=True)
+        part._modality[tokens.device] = self.on(tokens.device)[tokens]
+        return part
+
 
 _NOTHING = None, None, None
 _BASE = Batch(torch.empty(0, dtype=torch.int64), mixed=False)
@@ -110,6 +118,16 @@ class ModalityContext:
                 "they do not describe the same tokens"
             )
         return batch
+
+    @contextlib.contextmanager
+    def routed(self, shape: torch.Size, tokens: Tensor):
+        """Within, hidden states are those of `tokens` [n] alone, out of states of `shape`."""
+        state = self.state
+        before, state.batch = state.batch, self.current(shape).take(tokens)
+        try:
+            yield
+        finally:
+            state.batch = before
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Start a pass at `module`, or leave the ids of the module around it in place."""

@@ -68,6 +68,7 @@ class MasSite(_Quantized):
                 modalities - 1, in_features, rank, device=device, dtype=torch.float16
             )
             self.register_buffer("lr_a", lr_a)
+        self.__dict__["owner"] = self  # whose buffers are read
         self.context: ModalityContext | None = None  # set by install
         self.fused: tuple[list[int], Weights] | None = None  # places of the linears' buffers, all
         self.bind(())
@@ -79,6 +80,15 @@ class MasSite(_Quantized):
         self.__dict__["norm"] = norm
         for index, linear in enumerate(linears):
             linear.__dict__["site"], linear.index = self, index
+
+    def part(self, linears: Sequence["MasLinear"]) -> "MasSite":
+        """Have some of the site's linears run without the others, as those of one expert do."""
+        part = MasSite.__new__(MasSite)  # not registered anywhere: it reads this site's buffers
+        nn.Module.__init__(part)
+        part.in_features, part.rank, part.bits = self.in_features, self.rank, self.bits
+        part.__dict__["owner"], part.context, part.fused = self, self.context, None
+        part.bind(linears)
+        return part
 
     def __getstate__(self):
         return {**super().__getstate__(), "fused": None}
@@ -124,7 +134,7 @@ class MasSite(_Quantized):
         """x, up: float [..., in] -> [..., N] in x's dtype."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected {self.in_features} inputs, got {tuple(x.shape)}")
-        buffers = self._buffers
+        buffers = self.owner._buffers
         y = outputs(
             _rows(x),
             Front(*self._norm(x), None if up is None else _rows(up)),
