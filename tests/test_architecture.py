@@ -12,6 +12,7 @@ SRC, KERNELS = ROOT / "src", ROOT / "kernels"
 # package or module of masquant_cli -> the ones it may import (besides itself)
 MAY_IMPORT = {
     "benchmarks": set(),
+    "distributed": {"errors"},
     "errors": set(),
     "machine": set(),
     "metrics": set(),
@@ -22,17 +23,27 @@ MAY_IMPORT = {
     "rundir": {"errors"},
     "rows": {"recipe", "rundir"},
     "shards": {"errors", "rundir"},
+    "shard_writer": {"models", "rundir"},
     "algo": {"masquant_kernels"},
     "methods": {"algo", "recipe"},
     "models": {"errors", "recipe"},
     "data": {"errors", "recipe"},
     "runtime": {"errors", "algo", "models", "masquant_kernels"},
     "stages": {
-        *("errors", "progress", "recipe", "rundir", "shards"),
+        *("distributed", "errors", "progress", "recipe", "rundir", "shards"),
         *("algo", "methods", "models", "data", "runtime", "masquant_kernels"),
     },
     "bench": {"errors", "progress", "algo", "models", "runtime", "masquant_kernels"},
-    "pipeline": {"errors", "machine", "progress", "recipe", "rundir", "shards", "stages"},
+    "pipeline": {
+        "distributed",
+        "errors",
+        "machine",
+        "progress",
+        "recipe",
+        "rundir",
+        "shards",
+        "stages",
+    },
     "entries": {"errors", "pipeline", "recipe", "recipe_yaml"},
     "compare": {
         *("errors", "progress", "recipe", "rows", "rundir"),
@@ -46,7 +57,7 @@ MAY_IMPORT = {
     "inspect": {"errors", "models", "recipe", "recipe_yaml", "rundir", "runtime"},
     "lmms": {"errors", "progress", "recipe", "algo", "data", "models", "runtime", "stages"},
     "cli": {
-        *("errors", "benchmarks", "metrics", "recipe", "recipe_yaml"),
+        *("distributed", "errors", "benchmarks", "metrics", "recipe", "recipe_yaml"),
         *("pipeline", "entries", "compare", "demo", "report", "masquant_kernels", "bench"),
         *("inspect", "lmms"),
     },
