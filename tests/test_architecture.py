@@ -12,7 +12,8 @@ SRC, KERNELS = ROOT / "src", ROOT / "kernels"
 # package or module of masquant_cli -> the ones it may import (besides itself)
 MAY_IMPORT = {
     "benchmarks": set(),
-    "distributed": {"errors"},
+    "distributed": {"errors", "ranks"},
+    "ranks": {"distributed", "errors"},
     "errors": set(),
     "machine": set(),
     "metrics": set(),
@@ -35,14 +36,7 @@ MAY_IMPORT = {
     },
     "bench": {"errors", "progress", "algo", "models", "runtime", "masquant_kernels"},
     "pipeline": {
-        "distributed",
-        "errors",
-        "machine",
-        "progress",
-        "recipe",
-        "rundir",
-        "shards",
-        "stages",
+        *("distributed", "errors", "machine", "progress", "recipe", "rundir", "shards", "stages"),
     },
     "entries": {"errors", "pipeline", "recipe", "recipe_yaml"},
     "compare": {

@@ -10,6 +10,7 @@ EXIT_ENVIRONMENT = 3  # missing package, unreachable hub, full disk, memory
 EXIT_ARTIFACT = 4  # stale, locked or corrupt artifact
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143  # SIGTERM, which schedulers send
 
 
 class MasquantError(Exception):
