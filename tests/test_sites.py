@@ -65,10 +65,10 @@ def test_every_row_of_the_table_names_a_real_class():
 
 
 def test_unsupported_families_are_named():
-    config = types.SimpleNamespace(model_type="gemma3", architectures=["Gemma3ForCausalLM"])
-    with pytest.raises(
-        RecipeError, match=r"'gemma3' .*Gemma3ForCausalLM.* not supported"
-    ) as caught:
+    config = types.SimpleNamespace(
+        model_type="mllama", architectures=["MllamaForConditionalGeneration"]
+    )
+    with pytest.raises(RecipeError, match=r"'mllama' .*MllamaForCond.* not supported") as caught:
         family_of(config)
     assert "qwen2_5_vl" in caught.value.hint
 

@@ -9,24 +9,19 @@ from pathlib import Path
 from masquant_cli.errors import ArtifactError, RecipeError
 from masquant_cli.inspect import files
 from masquant_cli.inspect.files import LOW_RANK, STORED, Tensor, parts
-from masquant_cli.models.families import FAMILIES
+from masquant_cli.models.families import (
+    DECODERS,
+    FAMILIES,
+    KIND_OF,
+    SITES,
+    dense_name,
+    kind_of,
+)
 from masquant_cli.models.index import INDEX, weight_map
 from masquant_cli.rundir import Manifest, read_manifest
 from masquant_cli.runtime.scheme import QUANT_METHOD, Scheme
 
-KIND_OF = {
-    linear: kind
-    for family in FAMILIES.values()
-    for kind, linears in family.sites.items()
-    for linear in linears
-}
-# Towers and the speaking half of an Omni model have layers too; these are the decoder's.
-DECODERS = {
-    prefix
-    for family in FAMILIES.values()
-    for path in family.layers
-    for prefix in (path, f"language_model.{path}", f"thinker.{path}")
-}
+# Towers and the speaking half of an Omni model have layers too; DECODERS are the decoder's.
 IN_DECODER = re.compile(r"(.+\.layers|layers)\.(\d+)\.(.+)\.(weight|weight_packed)")
 
 
@@ -163,13 +158,13 @@ def _scheme(scheme: Scheme) -> dict:
 def _in_decoder(by_name: dict[str, Tensor], ending: str) -> Iterable[tuple[str, int, str, Tensor]]:
     for name, tensor in by_name.items():
         found = IN_DECODER.fullmatch(name)
-        if found and found[4] == ending and found[3] in KIND_OF and len(tensor.shape) == 2:
+        if found and found[4] == ending and kind_of(found[3]) and len(tensor.shape) == 2:
             yield name.removesuffix(f".{ending}"), int(found[2]), found[1], tensor
 
 
 def _dense(by_name: dict[str, Tensor]) -> list[Linear]:
     return [
-        Linear(key, layer, KIND_OF[_in_block(key)], tensor.shape[1], tensor.shape[0])
+        Linear(key, layer, kind_of(_in_block(key)), tensor.shape[1], tensor.shape[0])
         for key, layer, prefix, tensor in _in_decoder(by_name, "weight")
         if prefix in DECODERS
     ]
@@ -188,7 +183,7 @@ def _packed(by_name: dict[str, Tensor], scheme: Scheme, path: Path, config: dict
 
     linears, modalities = [], len(scheme.modalities)
     for key, layer, _, tensor in _in_decoder(by_name, "weight_packed"):
-        linear = Linear(key, layer, KIND_OF[_in_block(key)], 0, tensor.shape[0])
+        linear = Linear(key, layer, kind_of(_in_block(key)), 0, tensor.shape[0])
         smooth = by_name.get(f"{linear.site}.smooth_inv")
         inputs = smooth.shape[-1] if smooth else 0
         linear = Linear(key, layer, linear.kind, inputs, tensor.shape[0])
@@ -214,7 +209,7 @@ def _packed(by_name: dict[str, Tensor], scheme: Scheme, path: Path, config: dict
 
 def _in_block(key: str) -> str:
     """`self_attn.q_proj` of `model.layers.0.self_attn.q_proj`."""
-    return ".".join(key.split(".")[-2:])
+    return IN_DECODER.fullmatch(f"{key}.weight")[3]
 
 
 def _names(linear: Linear, by_name: dict[str, Tensor]) -> list[str]:
@@ -233,7 +228,7 @@ def _dense_sizes(tensors: list[Tensor], owned: set[str]) -> dict[str, int]:
 def _sites(linears: list[Linear], by_name: dict[str, Tensor]) -> dict[str, dict]:
     """By kind, over all layers: linears, widths in the first layer, weights and bytes."""
     found: dict[str, dict] = {}
-    for kind in dict.fromkeys(KIND_OF.values()):
+    for kind in SITES:
         own = [linear for linear in linears if linear.kind == kind]
         if not own:
             continue
@@ -241,7 +236,7 @@ def _sites(linears: list[Linear], by_name: dict[str, Tensor]) -> dict[str, dict]
         order = list(KIND_OF)
         here = sorted(
             (linear for linear in own if linear.layer == first),
-            key=lambda linear: order.index(_in_block(linear.key)),
+            key=lambda linear: order.index(dense_name(_in_block(linear.key))),
         )
         # A site's linears share its tensors, which count once.
         names = {name for linear in own for name in _names(linear, by_name)}

@@ -1,89 +1,106 @@
 """Supported model families, as one table. To add a family, add a row and a tiny model to the tests.
 
-Everything that differs between families and is not discoverable from the module tree
-lives here; the rest (`sites.py`, `modality.py`, `names.py`) reads this table.
+A row states what cannot be discovered. The decoder is what `model.get_decoder()` returns, sites
+are found by the names below (`sites.py`), placeholder tokens by the config's usual attributes
+(`modality.py`), names on disk by Transformers' own tables (`names.py`).
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from masquant_cli.errors import RecipeError
 
-# site kind -> linears that share one input, relative to the decoder layer. The first
-# name's parent is the block in which the exported site module is placed.
-LLAMA_SITES: Mapping[str, tuple[str, ...]] = {
-    "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn_out": ("self_attn.o_proj",),
-    "mlp_in": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp_out": ("mlp.down_proj",),
+# site kind -> the ways in which decoder layers name the linears that share one input, relative to
+# the layer. The first name's parent is the block in which the exported site module is placed.
+SITES: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "attn_in": (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.qkv_proj",),
+    ),
+    "attn_out": (("self_attn.o_proj",),),
+    "mlp_in": (("mlp.gate_proj", "mlp.up_proj"), ("mlp.gate_up_proj",)),
+    "mlp_out": (("mlp.down_proj",),),
 }
-# site kind -> the norm whose output is read by that site's linears and by nothing else.
-LLAMA_NORMS: Mapping[str, str] = {
-    "attn_in": "input_layernorm",
-    "mlp_in": "post_attention_layernorm",
+KINDS = tuple(SITES)
+# site kind -> the norm whose output is read by that site's linears and by nothing else: the first
+# of these that the layer has. Gemma's post_attention_layernorm stands behind the attention.
+NORMS: Mapping[str, tuple[str, ...]] = {
+    "attn_in": ("input_layernorm",),
+    "mlp_in": ("pre_feedforward_layernorm", "post_attention_layernorm"),
 }
+# The block that computes down_proj(act(gate_proj(x)) * up_proj(x)), in every family.
+MLP = "mlp"
+# Where decoder layers lie in the files of supported families, old layouts and new ones.
+DECODERS = frozenset(
+    prefix + path
+    for path in ("model.layers", "model.language_model.layers", "model.text_model.layers")
+    for prefix in ("", "language_model.", "thinker.")
+)
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+# linear -> its site kind, in the order in which sites list them
+KIND_OF = {name: kind for kind, ways in SITES.items() for names in ways for name in names}
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table. Paths are module paths inside the class named by `model_class`."""
+    """One row of the table."""
 
     model_type: str  # config.model_type
     model_class: str  # the Transformers class that is loaded and quantized
-    layers: tuple[str, ...]  # decoder layers; the first that exists (they moved between releases)
-    token_fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # modality -> names
-    sites: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: LLAMA_SITES)
-    norms: Mapping[str, str] = field(default_factory=lambda: LLAMA_NORMS)
-    mlp: str = "mlp"  # block that computes down_proj(act(gate_proj(x)) * up_proj(x))
+    modalities: tuple[str, ...] = ()  # besides text, if the config names a placeholder token
     root: str = ""  # module that receives input_ids, "" for the model itself
     subconfig: str = ""  # config attribute that `model_class` is built from, "" for the whole
+    between: str | None = None  # "deepstack": visual features are added after the first layers
+    floats: tuple[str, ...] = ()  # blocks of other layers in the place of self_attn, kept float
 
 
-_IMAGE = ("image_token_id", "image_token_index")
-_VIDEO = ("video_token_id", "video_token_index")
-_AUDIO = ("audio_token_id", "audio_token_index")
-_VL = {"vision": _IMAGE, "video": _VIDEO}
-_OMNI = {"vision": _IMAGE, "video": _VIDEO, "audio": _AUDIO}
+_IMAGE, _VIDEO, _AUDIO = ("vision",), ("vision", "video"), ("audio",)
+_OMNI = ("vision", "video", "audio")
 
 FAMILIES: Mapping[str, Family] = {
     f.model_type: f
     for f in (
-        Family(
-            "qwen2_vl",
-            "Qwen2VLForConditionalGeneration",
-            ("model.language_model.layers",),
-            _VL,
-        ),
-        Family(
-            "qwen2_5_vl",
-            "Qwen2_5_VLForConditionalGeneration",
-            ("model.language_model.layers",),
-            _VL,
-        ),
-        Family(
-            "qwen2_5_omni_thinker",
-            "Qwen2_5OmniThinkerForConditionalGeneration",
-            ("model.language_model.layers", "model.layers"),
-            _OMNI,
-        ),
+        Family("qwen2_vl", "Qwen2VLForConditionalGeneration", _VIDEO),
+        Family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", _VIDEO),
+        Family("qwen3_vl", "Qwen3VLForConditionalGeneration", _VIDEO, between="deepstack"),
+        Family("qwen2_5_omni_thinker", "Qwen2_5OmniThinkerForConditionalGeneration", _OMNI),
         # A full Omni checkpoint also holds a speaking half; the thinker alone is loaded.
         Family(
             "qwen2_5_omni",
             "Qwen2_5OmniThinkerForConditionalGeneration",
-            (
-                "model.language_model.layers",
-                "model.layers",
-                "thinker.model.language_model.layers",
-                "thinker.model.layers",
-            ),
             _OMNI,
             root="thinker",
             subconfig="thinker_config",
         ),
-        Family("qwen2", "Qwen2ForCausalLM", ("model.layers",)),
-        Family("qwen3", "Qwen3ForCausalLM", ("model.layers",)),
-        Family("llama", "LlamaForCausalLM", ("model.layers",)),
-        Family("mistral", "MistralForCausalLM", ("model.layers",)),
+        Family("qwen2_audio", "Qwen2AudioForConditionalGeneration", _AUDIO),
+        Family("voxtral", "VoxtralForConditionalGeneration", _AUDIO),
+        Family("phi4_multimodal", "Phi4MultimodalForCausalLM", ("vision", "audio")),
+        Family("llava", "LlavaForConditionalGeneration", _IMAGE),
+        Family("llava_next", "LlavaNextForConditionalGeneration", _IMAGE),
+        Family("llava_onevision", "LlavaOnevisionForConditionalGeneration", _VIDEO),
+        Family("internvl", "InternVLForConditionalGeneration", _IMAGE),
+        Family("gemma3", "Gemma3ForConditionalGeneration", _IMAGE),
+        Family("mistral3", "Mistral3ForConditionalGeneration", _IMAGE),
+        Family("idefics3", "Idefics3ForConditionalGeneration", _IMAGE),
+        Family("smolvlm", "SmolVLMForConditionalGeneration", _IMAGE),
+        Family("glm4v", "Glm4vForConditionalGeneration", _VIDEO),
+        Family(
+            "minicpmv4_6",
+            "MiniCPMV4_6ForConditionalGeneration",
+            _VIDEO,
+            floats=("linear_attn",),
+        ),
+        Family("qwen2", "Qwen2ForCausalLM"),
+        Family("qwen3", "Qwen3ForCausalLM"),
+        Family("llama", "LlamaForCausalLM"),
+        Family("mistral", "MistralForCausalLM"),
+        Family("ministral3", "Ministral3ForCausalLM"),
+        Family("gemma2", "Gemma2ForCausalLM"),
+        Family("gemma3_text", "Gemma3ForCausalLM"),
+        Family("phi3", "Phi3ForCausalLM"),  # and Phi-4, which has its layout and model type
+        Family("glm4", "Glm4ForCausalLM"),
+        Family("smollm3", "SmolLM3ForCausalLM"),
     )
 }
 
@@ -97,5 +114,16 @@ def family_of(config, *, where: str | None = None) -> Family:
     raise RecipeError(
         f"model family {model_type!r} (architectures: {architectures}) is not supported yet",
         where=where or getattr(config, "_name_or_path", None) or None,
-        hint=f"supported model types: {', '.join(FAMILIES)}",
+        hint="`masquant doctor --model` shows what was found in it; supported model types: "
+        + ", ".join(FAMILIES),
     )
+
+
+def dense_name(linear: str) -> str:
+    """An expert's linear as a layer without experts has it: "mlp.down_proj"; others as they are."""
+    return _EXPERT.sub(".", linear)
+
+
+def kind_of(linear: str) -> str | None:
+    """The site kind of a linear named relative to its decoder layer; None for any other."""
+    return KIND_OF.get(dense_name(linear))

@@ -12,6 +12,13 @@ from torch import Tensor
 from masquant_cli.errors import RecipeError
 from masquant_cli.models.families import family_of
 
+# modality -> what configs call its placeholder token, and the part that may hold its id instead
+_PLACES = {
+    "vision": ("image", "vision_config"),
+    "video": ("video", "vision_config"),
+    "audio": ("audio", "audio_config"),
+}
+
 
 def token_ids_of(config) -> dict[str, list[int]]:
     """Placeholder token ids by modality, as the config states them: {"vision": [151655], ...}.
@@ -22,8 +29,13 @@ def token_ids_of(config) -> dict[str, list[int]]:
     if family.subconfig:
         config = getattr(config, family.subconfig, config)
     found: dict[str, list[int]] = {}
-    for modality, names in family.token_fields.items():
-        values = (getattr(config, name, None) for name in names)
+    for modality in family.modalities:
+        word, tower = _PLACES[modality]
+        values = (
+            getattr(place, f"{word}_token_{ending}", None)
+            for place in (config, getattr(config, tower, None))
+            for ending in ("id", "index")
+        )
         token = next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
         if token is not None:
             found[modality] = [token]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from masquant_cli.errors import RecipeError
-from masquant_cli.models.families import Family, family_of
+from masquant_cli.models.families import SITES, Family, family_of
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ class LayerSites:
 def layers_path(model: nn.Module, family: Family | None = None) -> str:
     """Module path of the decoder layer list, or RecipeError when it is nowhere expected."""
     family = family or family_of(model.config)
-    for path in family.layers:
-        try:
-            layers = model.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(layers, nn.ModuleList) and len(layers):
-            return path
+    outer = getattr(model, family.root, model) if family.root else model
+    decoder = outer.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if isinstance(layers, nn.ModuleList) and len(layers):
+        for name, module in model.named_modules():
+            if module is layers:
+                return name
     raise RecipeError(
-        f"{type(model).__name__} has no decoder layers at {' or '.join(family.layers)}",
+        f"{type(model).__name__} has no decoder layers in its {type(decoder).__name__}",
         hint="this Transformers release lays the family out differently; "
         "masquant supports transformers >= 5.17",
     )
@@ -82,11 +82,30 @@ def find_sites(model: nn.Module) -> list[LayerSites]:
     found = []
     for index, layer in enumerate(model.get_submodule(path)):
         prefix = f"{path}.{index}"
+        absent = any(hasattr(layer, block) for block in family.floats)
         sites = tuple(
-            _site(layer, prefix, index, kind, names) for kind, names in family.sites.items()
+            _site(layer, prefix, index, kind, _names(layer, kind))
+            for kind in SITES
+            if not (absent and kind.startswith("attn"))
         )
         found.append(LayerSites(index, prefix, sites))
     return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear, quantized already or not."""
+    # By name: the quantized linear lives in runtime, which imports this module.
+    return isinstance(module, nn.Linear) or type(module).__name__ == "MasLinear"
+
+
+def _names(layer: nn.Module, kind: str) -> tuple[str, ...]:
+    """How this layer names the linears of a site kind: the first way in which it has any."""
+
+    def has(name: str) -> bool:
+        block, _, last = name.rpartition(".")
+        return hasattr(getattr(layer, block, None), last)
+
+    return next((way for way in SITES[kind] if any(map(has, way))), SITES[kind][0])
 
 
 def _site(layer: nn.Module, prefix: str, index: int, kind: str, names: tuple[str, ...]) -> Site:
@@ -95,13 +114,13 @@ def _site(layer: nn.Module, prefix: str, index: int, kind: str, names: tuple[str
         try:
             module = layer.get_submodule(name)
         except AttributeError:
+            found = [n for n, child in layer.named_modules() if is_linear(child)]
             raise RecipeError(
-                f"expected a linear {name!r}, found none",
+                f"expected a linear {name!r}; the linears found are {', '.join(found) or 'none'}",
                 where=f"{prefix} ({type(layer).__name__})",
                 hint="this variant of the family is not supported yet",
             ) from None
-        # By name: the quantized linear lives in runtime, which imports this module.
-        if not (isinstance(module, nn.Linear) or type(module).__name__ == "MasLinear"):
+        if not is_linear(module):
             raise RecipeError(
                 f"expected {name!r} to be a linear, found {type(module).__name__}",
                 where=prefix,

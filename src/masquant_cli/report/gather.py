@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from masquant_cli import shards
 from masquant_cli.errors import ArtifactError, RecipeError
-from masquant_cli.models.families import FAMILIES
+from masquant_cli.models.families import kind_of
 from masquant_cli.report.scores import evaluation, result_in
 from masquant_cli.rundir import (
     RECIPE,
@@ -32,12 +32,6 @@ from masquant_cli.rundir import (
 
 Site = tuple[int, str]  # decoder layer, site kind
 IN_LAYER = re.compile(r"\blayers\.(\d+)\.(.+)$")
-KIND_OF = {
-    linear: kind
-    for family in FAMILIES.values()
-    for kind, linears in family.sites.items()
-    for linear in linears
-}
 
 
 @dataclass(frozen=True)
@@ -80,9 +74,9 @@ class Run:
         found: dict[Site, dict[str, list[float]]] = {}
         for name, by_modality in ((self.evaluation or {}).get("sqnr_db_by_linear") or {}).items():
             found_in = IN_LAYER.search(name)
-            if not found_in or found_in[2] not in KIND_OF:
+            if not found_in or kind_of(found_in[2]) is None:
                 continue
-            site = int(found_in[1]), KIND_OF[found_in[2]]
+            site = int(found_in[1]), kind_of(found_in[2])
             for modality, value in by_modality.items():
                 if value is not None:
                     found.setdefault(site, {}).setdefault(modality, []).append(value)

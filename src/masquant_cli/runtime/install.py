@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from masquant_cli.errors import ArtifactError, RecipeError
-from masquant_cli.models.families import family_of
+from masquant_cli.models.families import MLP, NORMS, family_of
 from masquant_cli.models.sites import LayerSites, Site, find_sites, layers_path
 from masquant_cli.runtime.blocks import GatedMLP, MasRMSNorm, is_gated_mlp, is_rms_norm
 from masquant_cli.runtime.context import ModalityContext, attach
@@ -95,20 +95,26 @@ def _swap_fronts(
     model: nn.Module, layer: LayerSites, scheme: Scheme, context: ModalityContext
 ) -> None:
     """The norms and the MLP block of a layer, where the quantized sites can do their work."""
-    family = family_of(model.config)
-    for kind, norm in family.norms.items():
-        name = f"{layer.module}.{norm}"
-        if kind in scheme.sites and is_rms_norm(found := model.get_submodule(name)):
+    for site in layer.sites:
+        name = _norm(model, layer, site)
+        if name and site.kind in scheme.sites and is_rms_norm(found := model.get_submodule(name)):
             _put(model, name, MasRMSNorm(found, context))
-    name = f"{layer.module}.{family.mlp}"
+    name = f"{layer.module}.{MLP}"
     if "mlp_out" in scheme.sites and is_gated_mlp(found := model.get_submodule(name)):
         _put(model, name, GatedMLP(found))
 
 
+def _norm(model: nn.Module, layer: LayerSites, site: Site) -> str | None:
+    """Path of the norm that stands right before a site; None where the layer has none."""
+    module = model.get_submodule(layer.module)
+    names = (name for name in NORMS.get(site.kind, ()) if hasattr(module, name))
+    return next((f"{layer.module}.{name}" for name in names), None)
+
+
 def _connect(model: nn.Module, layer: LayerSites, site: Site, context: ModalityContext) -> None:
     """Tell a site who asks it, and the norm in front of it who reads its output."""
-    norm_name = family_of(model.config).norms.get(site.kind)
-    norm = model.get_submodule(f"{layer.module}.{norm_name}") if norm_name else None
+    norm_name = _norm(model, layer, site)
+    norm = model.get_submodule(norm_name) if norm_name else None
     linears = [model.get_submodule(name) for name in site.linears]
     shared = model.get_submodule(site.module)
     shared.context = context

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from masquant_cli.errors import ArtifactError
-from masquant_cli.models.families import LLAMA_SITES
+from masquant_cli.models.families import KINDS
 
 QUANT_METHOD = "masquant"
 FORMAT_VERSION = 1
 PACK_BLOCK = 128  # masquant_kernels.PACK_BLOCK, restated: this module must not import torch
-KINDS = tuple(LLAMA_SITES)
 
 
 @dataclass(frozen=True)
