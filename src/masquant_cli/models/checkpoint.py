@@ -7,13 +7,15 @@ mapped, and a model of 140 GB would. Start at `open_checkpoint`.
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from masquant_cli.errors import RecipeError
+from masquant_cli.models.experts import Piece, pieces
 from masquant_cli.models.index import INDEX, weight_map
 from masquant_cli.models.names import disk_names
 
@@ -29,13 +31,17 @@ AGAIN = "download the model again"
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor on disk: its bytes begin at `start` of `file`."""
+    """One tensor on disk: its bytes begin at `start` of `file`.
+
+    `columns`, (first, all): it lies there transposed, as columns of a matrix [shape[1], all].
+    """
 
     key: str
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
+    columns: tuple[int, int] | None = None
 
     @property
     def numel(self) -> int:
@@ -69,7 +75,7 @@ class Checkpoint:
 
     def nbytes(self, names: Iterable[str], dtype: torch.dtype | None = None) -> int:
         """Bytes of these tensors as `dtype` or as they are stored; tied ones count once."""
-        found = {self.stored[name].key: self.stored[name] for name in names}
+        found = set(map(self.stored.__getitem__, names))
         return sum(s.numel * (dtype or s.dtype).itemsize for s in found.values())
 
 
@@ -98,6 +104,10 @@ def open_checkpoint(folder: Path, model: nn.Module, family=None) -> Checkpoint:
         if held:
             for name in group:
                 checkpoint.stored.setdefault(name, checkpoint.stored[held[0]])
+    for name, piece in pieces(model).items():
+        if name not in names and piece.whole in names:
+            whole = tensors[names[piece.whole]]
+            checkpoint.stored[name] = _of_expert(whole, piece, state[name].shape)
     _refuse_missing(checkpoint, model, state)
     _refuse_misfits(checkpoint, state)
     return checkpoint
@@ -128,6 +138,10 @@ def read_headers(folder: Path) -> dict[str, Stored]:
 
 def read(stored: Stored, dtype: torch.dtype | None = None) -> Tensor:
     """One tensor in memory of its own. Raises RecipeError as `Checkpoint.read` does."""
+    if stored.columns is not None:
+        first, every = stored.columns
+        matrix = replace(stored, shape=(stored.shape[1], every), columns=None)
+        return read(matrix, dtype)[:, first : first + stored.shape[0]].T.contiguous()
     dtype = dtype or stored.dtype
     out = torch.empty(stored.numel, dtype=dtype)
     step = max(1, CHUNK // stored.dtype.itemsize)
@@ -159,6 +173,23 @@ def read(stored: Stored, dtype: torch.dtype | None = None) -> Tensor:
             where=str(stored.file), hint="choose model.dtype float32 or bfloat16",
         )  # fmt: skip
     return out.view(stored.shape)
+
+
+def _of_expert(whole: Stored, piece: Piece, shape: torch.Size) -> Stored:
+    """One expert's weight of `shape` in a tensor [experts, out, in], or [experts, in, out]."""
+    outs, ins = piece.outs, shape[1]
+    inside = piece.expert * outs * ins
+    found = partial(replace, whole, shape=tuple(shape))
+    if whole.shape == (piece.experts, outs, ins):
+        return found(start=whole.start + (inside + piece.start * ins) * whole.dtype.itemsize)
+    if whole.shape == (piece.experts, ins, outs):
+        start = whole.start + inside * whole.dtype.itemsize
+        return found(start=start, columns=(piece.start, outs))
+    raise RecipeError(
+        f"{whole.key} is {list(whole.shape)} on disk, and config.json makes it "
+        f"{[piece.experts, outs, ins]}", where=str(whole.file),
+        hint="config.json is of another model",
+    )  # fmt: skip
 
 
 def _files(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ gives the same result from linears called `...mlp.experts.17.gate_proj`. Routers
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -118,15 +119,16 @@ def unfuse(model: nn.Module, block: str = "mlp.experts") -> nn.Module:
 
 @dataclass(frozen=True)
 class Piece:
-    """Where one expert's weight lies in a fused parameter [E, out, in]: whole[expert, start:stop].
+    """Where one expert's weight lies: whole[expert, start:] of a parameter [experts, outs, in].
 
-    On disk the fused tensor may be [E, in, out]; shapes tell.
+    On disk the fused tensor may be [experts, in, outs]; shapes tell.
     """
 
     whole: str  # module key of the fused parameter
     expert: int
+    experts: int
     start: int
-    stop: int
+    outs: int
 
 
 def pieces(model: nn.Module) -> dict[str, Piece]:
@@ -136,14 +138,13 @@ def pieces(model: nn.Module) -> dict[str, Piece]:
         if not isinstance(module, Experts):
             continue
         for index in range(module.count):
-            expert = module.get_submodule(str(index))
-            inner = expert.gate_proj.out_features
-            for linear in LINEARS:
-                fused = DOWN if linear == "down_proj" else GATE_UP
-                start = inner if linear == "up_proj" else 0
-                stop = start + getattr(expert, linear).out_features
-                piece = Piece(f"{name}.{fused}", index, start, stop)
-                found[f"{name}.{index}.{linear}.weight"] = piece
+            prefix, expert = f"{name}.{index}", module.get_submodule(str(index))
+            inner, outer = expert.gate_proj.out_features, expert.down_proj.out_features
+            gate_up = partial(Piece, f"{name}.{GATE_UP}", index, module.count, outs=2 * inner)
+            found[f"{prefix}.gate_proj.weight"] = gate_up(start=0)
+            found[f"{prefix}.up_proj.weight"] = gate_up(start=inner)
+            down = Piece(f"{name}.{DOWN}", index, module.count, start=0, outs=outer)
+            found[f"{prefix}.down_proj.weight"] = down
     return found
 
 

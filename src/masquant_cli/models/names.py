@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from masquant_cli.errors import RecipeError
+from masquant_cli.models.experts import per_expert, pieces
 
 
 def disk_names(model: nn.Module, disk_keys: Iterable[str]) -> dict[str, str]:
@@ -17,6 +18,7 @@ def disk_names(model: nn.Module, disk_keys: Iterable[str]) -> dict[str, str]:
 
     Works on meta skeletons. Disk keys of parts that the class does not have (the talker of a
     full Omni checkpoint) are left out, and so are tensors that Transformers builds from several.
+    Files that stack experts give the fused parameters' names, whose `pieces` the model has.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -26,9 +28,13 @@ def disk_names(model: nn.Module, disk_keys: Iterable[str]) -> dict[str, str]:
     )
 
     transforms = get_model_conversion_mapping(model)
+    state = model.state_dict()
+    if unfused := pieces(model):
+        transforms = per_expert(transforms)
+        state |= dict.fromkeys((piece.whole for piece in unfused.values()), True)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    prefix, state = model.base_model_prefix, model.state_dict()
+    prefix = model.base_model_prefix
     found: dict[str, str] = {}
     for key in disk_keys:
         name, merged = rename_source_key(key, renamings, converters, prefix, state)

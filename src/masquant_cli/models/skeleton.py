@@ -19,6 +19,7 @@ from masquant_cli import recipe as recipes
 from masquant_cli.errors import RecipeError
 from masquant_cli.models import loading
 from masquant_cli.models.checkpoint import Checkpoint, open_checkpoint
+from masquant_cli.models.experts import unfuse
 from masquant_cli.models.families import Family, family_of
 from masquant_cli.models.resolve import resolve
 
@@ -146,7 +147,7 @@ def build(config: transformers.PretrainedConfig, family: Family, dtype: torch.dt
     for module in model.modules():
         module._is_hf_initialized = False
     model.initialize_weights()  # on meta parameters this costs nothing
-    return model.eval().requires_grad_(False)
+    return unfuse(model).eval().requires_grad_(False)
 
 
 def _fill_buffers(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
