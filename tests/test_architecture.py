@@ -50,8 +50,11 @@ MAY_IMPORT = {
     "demo": {"errors", "progress", "recipe", "recipe_yaml", "entries", "compare"},
     "inspect": {"errors", "models", "recipe", "recipe_yaml", "rundir", "runtime"},
     "lmms": {"errors", "progress", "recipe", "algo", "data", "models", "runtime", "stages"},
+    "launchers": {"errors"},
+    "sweep": {"errors", "progress", "recipe", "recipe_yaml", "rundir", "launchers", "pipeline"},
     "cli": {
-        *("distributed", "errors", "benchmarks", "metrics", "recipe", "recipe_yaml"),
+        *("sweep", "yaml_marks"),
+        *("distributed", "errors", "benchmarks", "metrics", "progress", "recipe", "recipe_yaml"),
         *("pipeline", "entries", "compare", "demo", "report", "masquant_kernels", "bench"),
         *("inspect", "lmms"),
     },

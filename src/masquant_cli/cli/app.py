@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from masquant_cli import __version__
-from masquant_cli.cli import bench, compare, inspect, lmms, report
+from masquant_cli.cli import bench, compare, inspect, lmms, report, sweep
 from masquant_cli.cli.common import (
     Against,
     Config,
@@ -27,6 +27,7 @@ from masquant_cli.cli.common import (
     read_recipe,
     show_plan,
 )
+from masquant_cli.cli.processes import working
 from masquant_cli.errors import MasquantError
 
 app = typer.Typer(
@@ -145,6 +146,7 @@ def evaluate(
 
 
 app.command("compare")(compare.compare)
+app.command("sweep")(sweep.sweep)
 app.command("inspect")(inspect.inspect)
 
 
@@ -222,7 +224,8 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a path the terminal cannot show is no error
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(args=argv, prog_name="masquant", standalone_mode=False)
+        with working(argv):
+            code = app(args=argv, prog_name="masquant", standalone_mode=False)
     except SystemExit:
         raise
     except BaseException as error:

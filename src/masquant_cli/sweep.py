@@ -1,0 +1,299 @@
+"""Many recipes, one after the other or over a fleet, each in a process of its own.
+
+What is finished is skipped, what fails does not stop the rest, and recipes that calibrate alike
+calibrate once: the first does it, the others wait for it and read what it wrote.
+"""
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from masquant_cli import pipeline, recipe_yaml
+from masquant_cli.errors import (
+    EXIT_ENVIRONMENT,
+    EXIT_OK,
+    ArtifactError,
+    MasquantError,
+    RecipeError,
+)
+from masquant_cli.launchers import LAUNCHERS, Handle, Launcher, Outcome
+from masquant_cli.progress import NullProgress, Progress
+from masquant_cli.recipe import Recipe
+from masquant_cli.rundir import RunDir, calibration_of, disk_errors, fingerprint
+
+PROGRAM = (sys.executable, "-m", "masquant_cli")
+POLL = 0.1  # seconds
+LOG = "run.log"  # of a run elsewhere: what it said on stderr
+
+
+@dataclass(frozen=True)
+class Member:
+    """One recipe of a sweep. `calibration` is equal where two can share a calibration."""
+
+    recipe: Recipe
+    file: Path
+    run_dir: Path
+    calibration: str
+
+
+@dataclass
+class Row:
+    """What became of a member: cached (was finished) | done | failed."""
+
+    member: Member
+    state: str
+    code: int = EXIT_OK
+    seconds: float = 0.0
+    error: str | None = None
+    document: dict = field(default_factory=dict)
+
+    def plain(self) -> dict:
+        return {
+            "recipe": self.member.recipe.name,
+            "file": str(self.member.file),
+            "run_dir": str(self.member.run_dir),
+            "state": self.state,
+            "seconds": self.seconds,
+            "exit_code": self.code,
+            "error": self.error,
+            "export_dir": self.document.get("export_dir"),
+            "stages": self.document.get("stages") or {},
+        }
+
+
+def members(names: Sequence[str], run_root: Path, overrides: Sequence[str] = ()) -> list[Member]:
+    """The recipes (files or shipped names), each with its run directory `run_root`/NAME.
+
+    Raises one RecipeError that names every recipe that cannot be read, and one for two recipes
+    that would share a name or a run directory.
+    """
+    found: list[Member] = []
+    problems: list[RecipeError] = []
+    for name in names:
+        try:
+            recipe = recipe_yaml.load(name, overrides)
+            file = recipe_yaml.find(name).resolve()
+            found.append(Member(recipe, file, run_root / recipe.name, _calibration(recipe)))
+        except RecipeError as error:
+            problems.append(error)
+    _raise_all(problems)
+    for index, member in enumerate(found):
+        for other in found[:index]:
+            if member.recipe.name == other.recipe.name:
+                raise RecipeError(
+                    f"two recipes are called {member.recipe.name}: {other.file} and {member.file}",
+                    where="name", hint="a run directory takes its recipe's name; name each once",
+                )  # fmt: skip
+            if member.run_dir.resolve() == other.run_dir.resolve():
+                raise RecipeError(
+                    f"{member.run_dir} and {other.run_dir} are one folder",
+                    where=member.recipe.name, hint="two recipes cannot share a run directory",
+                )  # fmt: skip
+    return found
+
+
+def finished(chosen: Sequence[Member], reuse: Sequence[Path] = ()) -> list[str | None]:
+    """Per member None when there is something to do, "" when it is finished, else what is wrong
+    with its run directory. Raises RecipeError for models or data that are not there."""
+    states: list[str | None] = []
+    problems: list[RecipeError] = []
+    for member in chosen:
+        try:
+            steps = pipeline.plan(member.recipe, member.run_dir, reuse, download=False)
+            states.append("" if all(step.state == "cached" for step in steps) else None)
+        except RecipeError as error:
+            name = member.recipe.name
+            problems.append(RecipeError(error.message, where=error.where or name, hint=error.hint))
+        except ArtifactError as error:
+            states.append(str(error))
+    _raise_all(problems)
+    return states
+
+
+def sweep(
+    chosen: Sequence[Member],
+    *,
+    launcher: str = "local",
+    options: dict | None = None,
+    overrides: Sequence[str] = (),
+    reuse: Sequence[Path] = (),
+    processes: int = 1,
+    quiet: bool = False,
+    program: Sequence[str] = PROGRAM,
+    progress: Progress | None = None,
+) -> dict:
+    """Bring every member's run to its end; json-able {"runs", "launcher", "exit_code"}.
+
+    The exit code is that of the first run (in the order given) that failed. Interrupted, the runs
+    in progress are interrupted too, and KeyboardInterrupt is raised: the next call goes on.
+    """
+    progress = progress or NullProgress()
+    rows: dict[str, Row] = {}
+    for member, state in zip(chosen, finished(chosen, reuse), strict=True):
+        if state == "":
+            rows[member.recipe.name] = Row(member, "cached", document=_exported(member))
+    waiting = [m for m in chosen if m.recipe.name not in rows]
+    if waiting:
+        place = LAUNCHERS[launcher](options or {}, waiting[0].run_dir.parent / ".sweep")
+
+        def start(member: Member, shared: Sequence[Path]) -> Handle:
+            progress.note(f"sweep: {member.recipe.name}, {len(waiting)} more waiting")
+            with disk_errors(member.run_dir):
+                member.run_dir.mkdir(parents=True, exist_ok=True)
+            argv = command(member, overrides, shared, processes, quiet, program)
+            return place.start(argv, (member.run_dir / LOG).resolve())
+
+        def ended(member: Member, outcome: Outcome) -> None:
+            rows[member.recipe.name] = row = _row(member, outcome)
+            if row.error:
+                progress.warn(f"{member.recipe.name} failed: {row.error}")
+
+        _queue(waiting, chosen, reuse, place, start, ended)
+    ordered = [rows[m.recipe.name] for m in chosen]
+    code = next((row.code for row in ordered if row.code != EXIT_OK), EXIT_OK)
+    return {"launcher": launcher, "runs": [row.plain() for row in ordered], "exit_code": code}
+
+
+def _queue(
+    waiting: list[Member],
+    chosen: Sequence[Member],
+    reuse: Sequence[Path],
+    place: Launcher,
+    start: Callable[[Member, Sequence[Path]], Handle],
+    ended: Callable[[Member, Outcome], None],
+) -> None:
+    """Start whoever may start, until nobody waits and nobody runs. Empties `waiting`."""
+    running: list[tuple[Member, Handle]] = []
+    with _interruptible() as interruption:
+        try:
+            while waiting or running:
+                for member in list(waiting):
+                    if place.width is not None and len(running) >= place.width:
+                        break
+                    shared = _calibrated(member, chosen, reuse)
+                    if shared is None and member.calibration in {m.calibration for m, _ in running}:
+                        continue  # it is being made just now
+                    waiting.remove(member)
+                    running.append((member, start(member, reuse if shared is None else shared)))
+                over = []
+                while not over:
+                    time.sleep(POLL)
+                    over = [pair for pair in running if pair[1].done()]
+                for pair in over:
+                    running.remove(pair)
+                    ended(pair[0], pair[1].outcome())
+        finally:
+            interruption.armed = False  # a second Ctrl-C must not leave runs behind
+            for _, handle in running:
+                handle.cancel()
+            place.close()
+
+
+def command(
+    member: Member,
+    overrides: Sequence[str],
+    reuse: Sequence[Path],
+    processes: int,
+    quiet: bool,
+    program: Sequence[str] = PROGRAM,
+) -> list[str]:
+    """The command line of one run, which says what it did in JSON; under torchrun for several
+    processes."""
+    python, *rest = program
+    if processes > 1:
+        many = f"--nproc-per-node={processes}"
+        rest = ["-m", "torch.distributed.run", "--standalone", many, *rest]
+    argv = [python, *rest, "run", "-c", str(member.file), "--run-dir", str(member.run_dir)]
+    argv.append("--json")
+    argv += [part for change in overrides for part in ("--set", change)]
+    argv += [part for folder in reuse for part in ("--reuse", str(folder))]
+    return [*argv, "--quiet"] if quiet else argv
+
+
+def _calibrated(
+    member: Member, chosen: Sequence[Member], reuse: Sequence[Path]
+) -> list[Path] | None:
+    """What to `--reuse` of a finished calibration: nothing where it is the run's own. None where
+    there is none yet."""
+    alike = [m for m in chosen if m is not member and m.calibration == member.calibration]
+    others = [calibration_of(RunDir(m.run_dir)).parent for m in alike]
+    try:
+        step = pipeline.plan(member.recipe, member.run_dir, [*reuse, *others], download=False)[0]
+    except MasquantError:  # the run itself will say so
+        return None
+    if step.state != "cached":
+        return None
+    return [] if step.folder == RunDir(member.run_dir).stage("calibrate") else [step.folder.parent]
+
+
+def _row(member: Member, outcome: Outcome) -> Row:
+    """A run that ended. A killed one is the machine's fault: mostly it ran out of memory."""
+    document = outcome.document or {}
+    if outcome.code == EXIT_OK and not outcome.lost:
+        return Row(member, "done", seconds=outcome.seconds, document=document)
+    said = document.get("error") or {}
+    code, error = said.get("exit_code", outcome.code), said.get("message")
+    if outcome.lost:
+        code, error = EXIT_ENVIRONMENT, outcome.lost
+    elif outcome.code < 0:
+        name = signal.Signals(-outcome.code).name
+        code, error = EXIT_ENVIRONMENT, f"killed by {name}"
+        if name == "SIGKILL":
+            error += ": was it out of memory?"
+    error = error or f"exit code {outcome.code}"
+    return Row(member, "failed", code or 1, outcome.seconds, " ".join(error.split()), document)
+
+
+def _exported(member: Member) -> dict:
+    return {"export_dir": str(RunDir(member.run_dir).stage("export") / "model")}
+
+
+def _calibration(recipe: Recipe) -> str:
+    """What a calibration depends on, as the recipe has it; `run --reuse` looks at the files too."""
+    whole = recipe.model_dump(mode="json")
+    keys = ("model", "modalities", "calibration", "seed", "device")
+    return fingerprint({key: whole[key] for key in keys})
+
+
+def _raise_all(problems: list[RecipeError]) -> None:
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        lines = [f"{p.where}: {p.message}" + (f" ({p.hint})" if p.hint else "") for p in problems]
+        raise RecipeError("\n".join([f"{len(problems)} recipes cannot be run", *lines]))
+
+
+@dataclass
+class _Interruption:
+    armed: bool = True
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[_Interruption]:
+    """While open, SIGTERM and a closed terminal interrupt like Ctrl-C does.
+
+    Handlers of our own also undo an inherited "ignore", which children would inherit in turn.
+    """
+    state = _Interruption()
+
+    def interrupt(*_) -> None:
+        if state.armed:
+            raise KeyboardInterrupt
+
+    names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    if threading.current_thread() is not threading.main_thread():
+        names = []
+    kept = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    for name, handler in kept.items():
+        if not (name == "SIGHUP" and handler is signal.SIG_IGN):  # nohup means it
+            signal.signal(getattr(signal, name), interrupt)
+    try:
+        yield state
+    finally:
+        for name, handler in kept.items():
+            signal.signal(getattr(signal, name), handler)
