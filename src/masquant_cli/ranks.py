@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from masquant_cli.distributed import TIMEOUT, T, World
-from masquant_cli.errors import EXIT_TERMINATED, EnvironmentProblem, MasquantError
+from masquant_cli.errors import EXIT_BUG, EXIT_TERMINATED, EnvironmentProblem, MasquantError
 
 LONGEST_PAUSE = 0.05  # seconds between two looks at the store
 AGAIN = "run the same command again: finished layers and stages are kept"
@@ -131,16 +131,21 @@ class Ranks(World):
         try:
             if failure["exit_code"] == EXIT_TERMINATED:  # also what torchrun does when one died
                 failure = self._died() or failure
+            if self.rank and not (failure["where"] or "").startswith("rank "):
+                here = f"rank {self.rank} on {self._host}"
+                failure = {**failure, "where": ", ".join(filter(None, (here, failure["where"])))}
             mine = json.dumps([self.rank, failure])
             found = self._store.compare_set("failure", "", mine).decode()
             self._store.set(f"left/{self.rank}", "")
             first, why = json.loads(found)
             spoken = f"spoken/{self._host}"
-            if self.rank == first != 0:  # people look at rank 0's output; it may be busy, though
+            bug = why["exit_code"] == EXIT_BUG  # whose traceback only that rank has
+            if self.rank == first != 0 and not bug:  # people look at rank 0; it may be busy, though
                 end = time.monotonic() + 2
                 while time.monotonic() < end and not self._store.check([spoken]):
                     time.sleep(LONGEST_PAUSE)
-            speaks = self.rank in (0, first) and self._store.add(spoken, 1) == 1
+            speaks = self.rank == first or (self.rank == 0 and not bug)
+            speaks = speaks and self._store.add(spoken, 1) == 1
             return why, speaks
         except RuntimeError:  # torchrun is gone
             return failure, self.rank == 0

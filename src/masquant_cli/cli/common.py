@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from masquant_cli import distributed
 from masquant_cli.errors import RecipeError
 
 Config = Annotated[
@@ -51,6 +52,8 @@ def show_plan(recipe, run_dir: Path, reuse, until: str, json: bool, tasks=None) 
     from masquant_cli import pipeline
     from masquant_cli.cli import render
 
+    if not distributed.world().main:
+        return
     with render.stdout_reserved():
         plan = [
             {"stage": s.stage, "state": s.state, "why": s.why}
@@ -70,7 +73,8 @@ def do(work: Callable[[Any], dict[str, Any]], shape: str, json: bool, quiet: boo
         os.environ.setdefault("TQDM_DISABLE", "1")
     with render.stdout_reserved(), console.progress(quiet) as progress:
         document = work(progress)
-    render.output(document, json, render.TABLES[shape])
+    if distributed.world().main:
+        render.output(document, json, render.TABLES[shape])
     return document
 
 

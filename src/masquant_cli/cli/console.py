@@ -1,14 +1,20 @@
 """Progress on stderr: a live bar on a terminal, otherwise a plain line now and then."""
 
+import contextlib
 import sys
 import time
 from typing import TextIO
 
+from masquant_cli import distributed
+from masquant_cli.progress import NullProgress
+
 PLAIN_EVERY = 5.0  # seconds between progress lines where nothing can be redrawn
 
 
-def progress(quiet: bool) -> "PlainProgress | LiveProgress":
+def progress(quiet: bool) -> "PlainProgress | LiveProgress | contextlib.nullcontext":
     """What suits stderr. Used as a context manager, so that a bar is always taken down."""
+    if not distributed.world().main:
+        return contextlib.nullcontext(NullProgress())
     if quiet or not sys.stderr.isatty():
         return PlainProgress(sys.stderr, quiet=quiet)
     return LiveProgress()

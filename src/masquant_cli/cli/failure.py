@@ -6,17 +6,21 @@ import sys
 import traceback
 from dataclasses import asdict, dataclass
 
-from masquant_cli import __version__
+from masquant_cli import __version__, distributed
 from masquant_cli.cli import render
+from masquant_cli.cli.processes import Terminated
 from masquant_cli.errors import (
     EXIT_BUG,
     EXIT_ENVIRONMENT,
     EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
     EXIT_USAGE,
     MasquantError,
 )
 
 NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
+
+RESUMES = "run the same command again: finished layers, stages and answers are kept"
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,14 @@ class Failure:
 
 
 def report(error: BaseException, *, json: bool) -> int:
-    """Tell people on stderr, and scripts on stdout if they asked for JSON."""
+    """Tell people on stderr, and scripts on stdout if they asked for JSON; once for all ranks."""
     if type(error).__name__ == "NoArgsIsHelpError":  # `masquant` alone: the help, on stderr
         print(error, file=sys.stderr)
         return EXIT_USAGE
-    failure = explain(error)
+    why, speaks = distributed.world().ending(asdict(explain(error)))
+    failure = Failure(**why)
+    if not speaks:
+        return failure.exit_code
     if failure.exit_code == EXIT_BUG:
         traceback.print_exception(error, file=sys.stderr)
     print(f"error: {failure.message}", file=sys.stderr)
@@ -50,8 +57,9 @@ def explain(error: BaseException) -> Failure:
     if isinstance(error, MasquantError):
         return Failure(error.message, error.where, error.hint, error.exit_code)
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
-        hint = "run the same command again: finished layers, stages and answers are kept"
-        return Failure("interrupted", None, hint, EXIT_INTERRUPTED)
+        return Failure("interrupted", None, RESUMES, EXIT_INTERRUPTED)
+    if isinstance(error, Terminated):
+        return Failure("ended by SIGTERM", None, RESUMES, EXIT_TERMINATED)
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a Typer usage error
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "masquant"
