@@ -13,6 +13,7 @@ from masquant_cli.methods import find
 from masquant_cli.models.loading import Loaded, load_float
 from masquant_cli.models.modality import check_modalities, merge_video, token_ids_of
 from masquant_cli.models.sites import LayerSites, Site, find_sites
+from masquant_cli.models.skeleton import Skeleton, load_skeleton
 from masquant_cli.progress import Progress
 from masquant_cli.recipe import SITE_KINDS, Recipe
 from masquant_cli.rundir import Manifest
@@ -33,6 +34,13 @@ class Job:
         loaded = load_float(self.recipe.model, self.recipe.device)
         check_modalities(loaded.model.config, self.recipe.modalities, where="modalities")
         return loaded
+
+    @cached_property
+    def float(self) -> Skeleton:
+        """The float model without its weights; parts of it are read when they are needed."""
+        skeleton = load_skeleton(self.recipe.model, self.recipe.device)
+        check_modalities(skeleton.config, self.recipe.modalities, where="modalities")
+        return skeleton
 
     @cached_property
     def layers(self) -> list[LayerSites]:
