@@ -31,6 +31,7 @@ NORMS: Mapping[str, tuple[str, ...]] = {
 }
 # The block that computes down_proj(act(gate_proj(x)) * up_proj(x)), in every family.
 MLP = "mlp"
+EXPERTS = "mlp.experts"  # in layers with experts: one such block for each
 # Where decoder layers lie in the files of supported families, old layouts and new ones.
 DECODERS = frozenset(
     prefix + path
@@ -73,6 +74,21 @@ FAMILIES: Mapping[str, Family] = {
             root="thinker",
             subconfig="thinker_config",
         ),
+        Family("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", _VIDEO, between="deepstack"),
+        Family(
+            "qwen3_omni_moe_thinker",
+            "Qwen3OmniMoeThinkerForConditionalGeneration",
+            _OMNI,
+            between="deepstack",
+        ),
+        Family(
+            "qwen3_omni_moe",
+            "Qwen3OmniMoeThinkerForConditionalGeneration",
+            _OMNI,
+            root="thinker",
+            subconfig="thinker_config",
+            between="deepstack",
+        ),
         Family("qwen2_audio", "Qwen2AudioForConditionalGeneration", _AUDIO),
         Family("voxtral", "VoxtralForConditionalGeneration", _AUDIO),
         Family("phi4_multimodal", "Phi4MultimodalForCausalLM", ("vision", "audio")),
@@ -93,6 +109,9 @@ FAMILIES: Mapping[str, Family] = {
         ),
         Family("qwen2", "Qwen2ForCausalLM"),
         Family("qwen3", "Qwen3ForCausalLM"),
+        Family("qwen2_moe", "Qwen2MoeForCausalLM"),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM"),
+        Family("mixtral", "MixtralForCausalLM"),
         Family("llama", "LlamaForCausalLM"),
         Family("mistral", "MistralForCausalLM"),
         Family("ministral3", "Ministral3ForCausalLM"),

@@ -3,12 +3,13 @@
 Works on real models, on meta skeletons and on models whose linears are quantized already.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from masquant_cli.errors import RecipeError
-from masquant_cli.models.families import SITES, Family, family_of
+from masquant_cli.models.experts import LINEARS, Experts
+from masquant_cli.models.families import EXPERTS, SITES, Family, family_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,14 @@ class Site:
     linears: tuple[str, ...]  # "model.layers.0.self_attn.q_proj", ... in site order
     in_features: int
     out_features: tuple[int, ...]  # one per linear
-    expert: int | None = None  # of an experts layer, where every expert has a site of its own
+    experts: str | None = None  # the module of the layer's experts, if the linears are theirs
+    expert: int | None = None  # which one's, where every expert has a site of its own
+
+    @property
+    def source(self) -> str:
+        """The module whose first argument is the site's input."""
+        shared = self.experts if self.expert is None else None
+        return shared or self.linears[0]
 
     @property
     def key(self) -> str:
@@ -83,12 +91,37 @@ def find_sites(model: nn.Module) -> list[LayerSites]:
     for index, layer in enumerate(model.get_submodule(path)):
         prefix = f"{path}.{index}"
         absent = any(hasattr(layer, block) for block in family.floats)
-        sites = tuple(
+        experts = _experts(layer)
+        sites = [
             _site(layer, prefix, index, kind, _names(layer, kind))
             for kind in SITES
-            if not (absent and kind.startswith("attn"))
-        )
-        found.append(LayerSites(index, prefix, sites))
+            if not (absent and kind.startswith("attn")) and not (experts and kind.startswith("mlp"))
+        ]
+        if experts:
+            sites += _expert_sites(layer, prefix, index, experts)
+        found.append(LayerSites(index, prefix, tuple(sites)))
+    return found
+
+
+def _experts(layer: nn.Module) -> Experts | None:
+    """The layer's experts; None where it has none, or where they are not unfused."""
+    try:
+        found = layer.get_submodule(EXPERTS)
+    except AttributeError:
+        return None
+    return found if isinstance(found, Experts) else None
+
+
+def _expert_sites(layer: nn.Module, prefix: str, index: int, experts: Experts) -> list[Site]:
+    """One site for what all experts read, and one per expert for what it alone does."""
+    of = [[f"{EXPERTS}.{i}.{name}" for name in LINEARS] for i in range(experts.count)]
+    path = f"{prefix}.{EXPERTS}"
+    entering = tuple(name for names in of for name in names[:2])
+    shared = _site(layer, prefix, index, "mlp_in", entering)
+    found = [replace(shared, module_prefix=path, experts=path)]
+    for i, names in enumerate(of):
+        leaving = _site(layer, prefix, index, "mlp_out", tuple(names[2:]))
+        found.append(replace(leaving, experts=path, expert=i))
     return found
 
 

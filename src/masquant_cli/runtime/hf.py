@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from masquant_cli.errors import ArtifactError, EnvironmentProblem, MasquantError
+from masquant_cli.models.experts import per_expert
 from masquant_cli.models.families import FAMILIES
 from masquant_cli.runtime.install import fuse_sites, install
 from masquant_cli.runtime.pack import SUFFIXES, check_tensors
@@ -71,6 +72,10 @@ class MasquantHfQuantizer(HfQuantizer):
         model.requires_grad_(False)
         fuse_sites(model)
         return model
+
+    def update_weight_conversions(self, weight_conversions, model=None):
+        """Files of ours name every expert's tensors; nothing is to be stacked."""
+        return per_expert(weight_conversions)
 
     def is_serializable(self, *args, **kwargs) -> bool:
         return True

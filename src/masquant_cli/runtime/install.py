@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from masquant_cli.errors import ArtifactError, RecipeError
-from masquant_cli.models.families import MLP, NORMS, family_of
+from masquant_cli.models.experts import unfuse
+from masquant_cli.models.families import NORMS, family_of
 from masquant_cli.models.sites import LayerSites, Site, find_sites, layers_path
 from masquant_cli.runtime.blocks import GatedMLP, MasRMSNorm, is_gated_mlp, is_rms_norm
 from masquant_cli.runtime.context import ModalityContext, attach
@@ -27,6 +28,7 @@ def install(
     names (blocks.py). Raises RecipeError for an unsupported model, ArtifactError when a tensor is
     missing, left over, or of another shape or dtype; the model is then unchanged.
     """
+    unfuse(model)
     layers = find_sites(model)
     sites = [s for layer in layers for s in layer.sites if s.kind in scheme.sites]
     for site in sites:
@@ -56,9 +58,9 @@ def install(
 
 def fuse_sites(model: nn.Module) -> None:
     """Join the weights of every site now, so that the first forward pass need not."""
-    for module in model.modules():
-        if isinstance(module, MasSite):
-            module.weights()
+    sites = {m.site: None for m in model.modules() if isinstance(m, MasLinear)}
+    for site in sites:
+        site.weights()
 
 
 def _build(model: nn.Module, site: Site, scheme: Scheme, new: dict) -> None:
@@ -99,13 +101,18 @@ def _swap_fronts(
         name = _norm(model, layer, site)
         if name and site.kind in scheme.sites and is_rms_norm(found := model.get_submodule(name)):
             _put(model, name, MasRMSNorm(found, context))
-    name = f"{layer.module}.{MLP}"
-    if "mlp_out" in scheme.sites and is_gated_mlp(found := model.get_submodule(name)):
-        _put(model, name, GatedMLP(found))
+    for site in layer.sites:
+        name = site.module_prefix
+        if site.kind != "mlp_out" or site.kind not in scheme.sites:
+            continue
+        if is_gated_mlp(found := model.get_submodule(name)):
+            _put(model, name, GatedMLP(found))
 
 
 def _norm(model: nn.Module, layer: LayerSites, site: Site) -> str | None:
-    """Path of the norm that stands right before a site; None where the layer has none."""
+    """Path of the norm whose output the site alone reads; None where the layer has none."""
+    if site.experts:  # their router reads it too
+        return None
     module = model.get_submodule(layer.module)
     names = (name for name in NORMS.get(site.kind, ()) if hasattr(module, name))
     return next((f"{layer.module}.{name}" for name in names), None)
@@ -123,6 +130,11 @@ def _connect(model: nn.Module, layer: LayerSites, site: Site, context: ModalityC
         shared.bind(linears, norm)
     else:
         shared.bind(linears)
+    if site.experts:
+        model.get_submodule(site.experts).context = context
+    if site.experts and site.expert is None:  # each expert's linears run on tokens of their own
+        for start in range(0, len(linears), 2):
+            shared.part(linears[start : start + 2])
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
