@@ -192,8 +192,8 @@ class Ray:
         self.width = options.pop("at_once", None)
         try:
             address = options.pop("address", None)
-            self.ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
             self.task = self.ray.remote(work).options(**{"num_cpus": 1, **options})
+            self.ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
         except ConnectionError as error:
             raise EnvironmentProblem(
                 f"Ray cannot be reached: {_last_line(error)}", where="--launcher ray",

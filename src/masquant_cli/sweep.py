@@ -124,7 +124,7 @@ def sweep(
     reuse: Sequence[Path] = (),
     processes: int = 1,
     quiet: bool = False,
-    program: Sequence[str] = PROGRAM,
+    program: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> dict:
     """Bring every member's run to its end; json-able {"runs", "launcher", "exit_code"}.
@@ -145,7 +145,7 @@ def sweep(
             progress.note(f"sweep: {member.recipe.name}, {len(waiting)} more waiting")
             with disk_errors(member.run_dir):
                 member.run_dir.mkdir(parents=True, exist_ok=True)
-            argv = command(member, overrides, shared, processes, quiet, program)
+            argv = command(member, overrides, shared, processes, quiet, program or PROGRAM)
             return place.start(argv, (member.run_dir / LOG).resolve())
 
         def ended(member: Member, outcome: Outcome) -> None:

@@ -1,0 +1,307 @@
+"""A sweep skips what is finished, survives what fails, calibrates once, and ends in order."""
+
+import json
+import os
+import signal
+import stat
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from masquant_cli import sweep as sweeps
+from masquant_cli.cli import app
+from masquant_cli.errors import ArtifactError, EnvironmentProblem, RecipeError
+
+# In place of `masquant`: does what BEHAVE says of its recipe, and leaves its command line.
+STUB = """
+import json, os, pathlib, signal, sys, time
+argv = sys.argv[1:]
+run_dir = pathlib.Path(argv[argv.index("--run-dir") + 1])
+behave = json.loads(os.environ["BEHAVE"]).get(run_dir.name, "ok")
+run_dir.mkdir(parents=True, exist_ok=True)
+(run_dir / "argv.json").write_text(json.dumps({"argv": argv, "at": time.time()}))
+print("on stderr", file=sys.stderr, flush=True)
+def finish(stage):
+    (run_dir / stage).mkdir(exist_ok=True)
+    (run_dir / stage / "finished").touch()
+if behave == "hang":
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        (run_dir / "interrupted").touch()
+        sys.exit(130)
+if behave == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+if behave == "fail":
+    error = {"message": "the recipe\\nis wrong", "where": "x", "hint": None, "exit_code": 2}
+    print(json.dumps({"error": error}))
+    sys.exit(2)
+if behave == "crash":
+    sys.exit(70)
+time.sleep(float(behave) if behave[0].isdigit() else 0)
+finish("calibrate")
+if behave == "calibrate":
+    sys.exit(4)
+finish("export")
+print(json.dumps({"export_dir": str(run_dir / "export" / "model"), "stages": {}}))
+"""
+
+
+@pytest.fixture
+def place(monkeypatch, tmp_path):
+    """Recipes a to e of which a, b, c calibrate alike, the stub, and a plan that knows it."""
+    monkeypatch.chdir(tmp_path)
+    for name in "abcde":
+        more = "seed: 1\n" if name == "d" else "seed: 2\n" if name == "e" else ""
+        Path(f"{name}.yaml").write_text(f"extends: tiny-omni-w4a8\nname: {name}\n{more}")
+    (tmp_path / "stub.py").write_text(STUB)
+
+    def plan(recipe, run_dir, reuse=(), *, download=True):
+        assert not download
+
+        def step(stage):
+            folders = [run_dir / stage, *(Path(r) / stage for r in reuse)]
+            found = [f for f in folders if (f / "finished").exists()]
+            state = "cached" if found else "todo"
+            return SimpleNamespace(stage=stage, state=state, folder=(found or folders)[0])
+
+        return [step("calibrate"), step("export")]
+
+    monkeypatch.setattr(sweeps.pipeline, "plan", plan)
+    monkeypatch.setenv("BEHAVE", "{}")
+    program = (sys.executable, str(tmp_path / "stub.py"))
+
+    def go(names="abcde", behave=None, **options):
+        monkeypatch.setenv("BEHAVE", json.dumps(behave or {}))
+        chosen = sweeps.members([f"{n}.yaml" for n in names], Path("runs"))
+        return sweeps.sweep(chosen, program=program, **options)
+
+    monkeypatch.setattr(sweeps, "PROGRAM", program)
+    return go
+
+
+def argv(name: str) -> list[str]:
+    return json.loads((Path("runs") / name / "argv.json").read_text())["argv"]
+
+
+def started(name: str) -> float:
+    return json.loads((Path("runs") / name / "argv.json").read_text())["at"]
+
+
+def test_what_fails_does_not_stop_the_rest_and_the_next_call_tries_only_that(place):
+    found = place(behave={"a": "die", "b": "fail", "c": "crash"})
+    rows = {run["recipe"]: run for run in found["runs"]}
+    assert list(rows) == list("abcde")
+    assert [run["state"] for run in found["runs"]] == ["failed"] * 3 + ["done"] * 2
+    assert rows["a"]["error"] == "killed by SIGKILL: was it out of memory?"
+    assert rows["b"]["error"] == "the recipe is wrong"  # one line of a table
+    assert [rows[n]["exit_code"] for n in "abcde"] == [3, 2, 70, 0, 0]
+    assert found["exit_code"] == 3  # the first failure's
+    assert rows["d"]["export_dir"] == "runs/d/export/model"
+    for name in "de":
+        Path(f"runs/{name}/argv.json").unlink()
+    again = place()
+    assert [run["state"] for run in again["runs"]] == ["done"] * 3 + ["cached"] * 2
+    assert again["exit_code"] == 0
+    assert not Path("runs/d/argv.json").exists()  # a finished run is not even started
+    assert {run["state"] for run in place()["runs"]} == {"cached"}
+
+
+def test_a_calibration_is_made_once_and_read_by_those_that_share_it(place):
+    place("abd", behave={"a": "calibrate"})  # it fails after its calibration, which is good
+    assert "--reuse" not in argv("a")
+    assert argv("b")[-2:] == ["--reuse", "runs/a"]
+    assert "--reuse" not in argv("d")  # another seed
+    place("ac")
+    assert "--reuse" not in argv("a")  # its own
+    assert argv("c")[-2:] == ["--reuse", "runs/a"]
+
+
+def test_the_command_line_of_a_run(place, tmp_path):
+    (member,) = sweeps.members(["a.yaml"], Path("runs"), ["seed=3"])
+    assert member.recipe.seed == 3
+    line = sweeps.command(member, ["seed=3"], [Path("x")], 4, True, ("py", "-m", "masquant_cli"))
+    assert line[:4] == ["py", "-m", "torch.distributed.run", "--standalone"]
+    assert line[4:8] == ["--nproc-per-node=4", "-m", "masquant_cli", "run"]
+    assert line[8:] == [
+        *("-c", str(tmp_path / "a.yaml"), "--run-dir", "runs/a", "--json"),
+        *("--set", "seed=3", "--reuse", "x", "--quiet"),
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interruption_reaches_the_run_and_the_next_call_goes_on(place, number):
+    def interrupt():
+        while not Path("runs/b/argv.json").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        place("abc", behave={"b": "hang"})
+    assert signal.getsignal(number) is before
+    assert Path("runs/b/interrupted").exists()
+    assert not Path("runs/c").exists()
+    assert [run["state"] for run in place("abc")["runs"]] == ["cached", "done", "done"]
+
+
+def test_what_is_wrong_with_recipes_is_said_before_anything_starts(place, tmp_path, monkeypatch):
+    Path("twin.yaml").write_text("extends: a.yaml\nname: b\n")
+    Path("bad.yaml").write_text("extends: a.yaml\nname: x\nseed: -1\n")
+    with pytest.raises(RecipeError, match=r"two recipes are called b: .*b\.yaml and .*twin\.yaml"):
+        sweeps.members(["a.yaml", "b.yaml", "twin.yaml"], Path("runs"))
+    with pytest.raises(RecipeError, match="two recipes are called a"):
+        sweeps.members(["a.yaml", "a.yaml"], Path("runs"))
+    both = r"2 recipes cannot be run\nnone.yaml: no such recipe.*\n.*bad.yaml:3:1: `seed`"
+    with pytest.raises(RecipeError, match=both):
+        sweeps.members(["a.yaml", "none.yaml", "bad.yaml"], Path("runs"))
+    Path("runs").mkdir()
+    Path("runs/d").mkdir()
+    Path("runs/e").symlink_to(tmp_path / "runs" / "d")
+    with pytest.raises(RecipeError, match="are one folder"):
+        sweeps.members(["d.yaml", "e.yaml"], Path("runs"))
+
+    def plan(recipe, run_dir, reuse=(), *, download=True):
+        raise RecipeError("no such model folder", where="model.path")
+
+    monkeypatch.setattr(sweeps.pipeline, "plan", plan)
+    with pytest.raises(RecipeError, match="no such model folder"):
+        place("ab")
+    assert not Path("runs/a").exists()
+
+
+def test_a_damaged_run_fails_alone(place, monkeypatch):
+    plan = sweeps.pipeline.plan
+
+    def damaged(recipe, run_dir, *rest, **more):
+        if recipe.name == "a":
+            raise ArtifactError("this manifest is damaged")
+        return plan(recipe, run_dir, *rest, **more)
+
+    monkeypatch.setattr(sweeps.pipeline, "plan", damaged)
+    found = place("ad", behave={"a": "fail"})
+    assert [run["state"] for run in found["runs"]] == ["failed", "done"]
+
+
+def test_the_command(place, capsys, monkeypatch):
+    monkeypatch.setenv("BEHAVE", json.dumps({"b": "fail"}))
+    line = ["sweep", "a.yaml", "b.yaml", "d.yaml", "--set", "weights.bits=8"]
+    assert app.main([*line, "--dry-run", "--json"]) == 0
+    assert [r["state"] for r in json.loads(capsys.readouterr().out)["plan"]] == ["todo"] * 3
+    assert app.main(line) == 2
+    out, err = capsys.readouterr()
+    assert [row.split()[:2] for row in out.splitlines()[2:5]] == [
+        ["a", "done"], ["b", "failed"], ["d", "done"],
+    ]  # fmt: skip
+    assert "the recipe is wrong" in out and "1 of 3 failed" in out
+    assert "warning: b failed: the recipe is wrong" in err
+    assert argv("a")[-2:] == ["--set", "weights.bits=8"]
+    assert app.main([*line, "--dry-run"]) == 0
+    states = [row.split()[1] for row in capsys.readouterr().out.splitlines()[2:]]
+    assert states == ["cached", "todo", "cached"]
+    assert app.main([*line, "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert [r["state"] for r in document["runs"]] == ["cached", "failed", "cached"]
+    assert app.main([*line, "--launcher-set", "partition=x"]) == 2
+    assert "local does not take these options" in capsys.readouterr().err
+    assert app.main([*line, "--launcher-set", "partition"]) == 2
+    assert "key=value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("launcher", "extra"), [("submitit", "slurm"), ("ray", "ray")])
+def test_a_missing_extra_is_named(place, monkeypatch, launcher, extra):
+    monkeypatch.setitem(sys.modules, launcher, None)
+    with pytest.raises(EnvironmentProblem) as caught:
+        place("a", launcher=launcher)
+    assert caught.value.exit_code == 3 and caught.value.hint == f"pip install 'masquant[{extra}]'"
+    assert not Path("runs/a").exists()
+
+
+def test_submitit_here(place):
+    pytest.importorskip("submitit")
+    options = {"cluster": "local", "timeout_min": 5}
+    found = place("abd", {"a": "1.5", "b": "fail"}, launcher="submitit", options=options)
+    rows = {run["recipe"]: run for run in found["runs"]}
+    assert [rows[n]["state"] for n in "abd"] == ["done", "failed", "done"]
+    assert rows["b"]["error"] == "the recipe is wrong" and rows["b"]["exit_code"] == 2
+    assert started("b") > started("a") + 1.5  # it waits for the calibration that it shares
+    assert started("d") < started("a") + 1.5  # another one's does not
+    assert argv("b")[-2:] == ["--reuse", "runs/a"]
+    assert Path("runs/d/run.log").read_text() == "on stderr\n"
+    with pytest.raises(RecipeError, match="does not take these options"):
+        place("c", launcher="submitit", options={"cluster": "local", "timeout_min": "soon"})
+
+
+def test_submitit_without_slurm(place, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(EnvironmentProblem, match="no Slurm here"):
+        place("a", launcher="submitit", options={"partition": "gpu"})
+
+
+# Slurm as submitit sees it, on this machine: sbatch runs its script at once.
+SLURM = {
+    "sbatch": """
+        #!/bin/bash
+        cp "${@: -1}" "$SLURM_ROOT/last.sh"
+        id=$(( $(cat "$SLURM_ROOT/id") + 1 )); echo $id > "$SLURM_ROOT/id"
+        export SLURM_JOB_ID=$id SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0
+        export SLURM_JOB_NUM_NODES=1 SLURM_NNODES=1 SLURM_JOB_NODELIST=here
+        (bash "${@: -1}"; echo $id >> "$SLURM_ROOT/over") > "$SLURM_ROOT/$id.out" 2>&1 &
+        echo "Submitted batch job $id"
+        """,
+    "srun": """
+        #!/bin/bash
+        while [[ "$1" == -* ]]; do case "$1" in --output|--error) shift 2;; *) shift;; esac; done
+        exec "$@"
+        """,
+    "sacct": """
+        #!/bin/bash
+        echo "JobID|State|NodeList"
+        for id in $(seq 1 $(cat "$SLURM_ROOT/id")); do
+          grep -qx $id "$SLURM_ROOT/over" && s=COMPLETED || s=RUNNING; echo "$id|$s|here"
+        done
+        """,
+    "scancel": """
+        #!/bin/bash
+        echo "$@" >> "$SLURM_ROOT/cancelled"
+        """,
+}
+
+
+def test_submitit_on_a_stand_in_for_slurm(place, monkeypatch, tmp_path):
+    pytest.importorskip("submitit")
+    root = tmp_path / "slurm"
+    root.mkdir()
+    (root / "id").write_text("0\n")
+    (root / "over").touch()
+    for name, text in SLURM.items():
+        (root / name).write_text(textwrap.dedent(text).lstrip())
+        (root / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv("SLURM_ROOT", str(root))
+    monkeypatch.setenv("PATH", f"{root}:{os.environ['PATH']}")
+    options = {"partition": "gpu", "gpus_per_node": 2, "timeout_min": 90}
+    found = place("a", launcher="submitit", options=options)
+    assert [run["state"] for run in found["runs"]] == ["done"], found
+    script = (root / "last.sh").read_text()
+    assert "#SBATCH --partition=gpu\n" in script
+    assert "#SBATCH --gpus-per-node=2\n" in script and "#SBATCH --time=90\n" in script
+    with pytest.raises(RecipeError, match="does not take these options"):
+        place("b", launcher="submitit", options={"partitoin": "gpu"})
+
+
+def test_ray_here(place):
+    pytest.importorskip("ray")
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    found = place("abd", {"b": "fail", "d": "die"}, launcher="ray", options={"num_cpus": 1})
+    assert [run["state"] for run in found["runs"]] == ["done", "failed", "failed"]
+    assert [run["exit_code"] for run in found["runs"]] == [0, 2, 3]
+    assert argv("b")[-2:] == ["--reuse", "runs/a"]
+    with pytest.raises(RecipeError, match="does not take these options"):
+        place("c", launcher="ray", options={"cpus": 1})
