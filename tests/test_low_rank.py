@@ -76,16 +76,64 @@ def test_residual_and_factors_are_as_documented():
     assert torch.allclose(found.singular_values[:3].double(), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("by", ["gram", "rows"])
-def test_subspace_iteration_is_within_a_tenth_of_a_percent(by, monkeypatch):
-    x, delta = problem(120, 90, tokens=600)
-    given = {"gram": x.T @ x} if by == "gram" else {"rows": x}
-    exact = residual(x, delta, best_low_rank(delta, 8, **given))
+def spectrum(name: str, n: int) -> torch.Tensor:
+    k = torch.arange(1, n + 1).double()
+    return {
+        "flat": 1 + 0.01 * torch.rand(n, generator=torch.Generator().manual_seed(2)).double(),
+        "slow": k**-0.3,
+        "steep": 0.8**k + 1e-3,
+        "cluster": torch.where(k <= 6, 1.0, 0.05 * k**-0.2),  # six equal ones
+        "step at the rank": torch.where(k <= 8, 1.0, 0.97),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["flat", "slow", "steep", "cluster", "step at the rank"])
+@pytest.mark.parametrize("n_in, n_out", [(160, 230), (230, 160)])
+@pytest.mark.parametrize("by", ["gram", "rows", "nothing"])
+def test_block_krylov_is_within_a_tenth_of_a_percent(n_in, n_out, name, by, monkeypatch):
+    g = torch.Generator().manual_seed(3)
     monkeypatch.setattr(low_rank, "EXACT_SIDE", 1)
-    found = best_low_rank(delta, 8, **given)
-    assert residual(x, delta, found) <= exact * 1.001
+    monkeypatch.setattr(low_rank, "EIGH", 1e9)  # the other way is never cheaper
+    values = spectrum(name, 160)
+    u = torch.linalg.qr(torch.randn(n_in, 160, generator=g).double()).Q
+    v = torch.linalg.qr(torch.randn(n_out, 160, generator=g).double()).Q
+    mix = torch.eye(n_in).double()
+    if by != "nothing":
+        mix = torch.randn(n_in, n_in, generator=g).double() + 5 * mix
+    # X = mix and D = v values (mix^-1 u).T: the singular values of X D.T are `values`.
+    x, delta = mix.float(), (v * values @ torch.linalg.solve(mix, u).T).float()
+    if by == "nothing":
+        found = low_rank.unwhitened_low_rank(delta, 8)
+    else:
+        found = best_low_rank(delta, 8, **({"rows": x} if by == "rows" else {"gram": x.T @ x}))
+    assert not found.complete
+    left = float(values[8:].norm() / values.norm())
+    assert residual(x, delta, found) <= left * 1.001
     # The reported energy counts the whole residual, not only the part that was iterated on.
-    assert found.residual**0.5 == pytest.approx(exact, rel=2e-3)
+    assert found.residual**0.5 == pytest.approx(left, rel=2e-3)
+
+
+def test_block_krylov_gives_up_where_it_does_not_pay():
+    values = torch.rand(60, generator=torch.Generator().manual_seed(4)).double()
+    found = low_rank.top_eigenvectors(
+        lambda v: values[:, None] * v, 60, 28, float(values.sum()), like=values
+    )
+    assert found is None
+
+
+@pytest.mark.parametrize("n_in, n_out", [(1030, 520), (530, 1100)])
+def test_wide_sites_are_solved_without_their_whole_spectrum(n_in, n_out):
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(1400, n_in, generator=g) * torch.exp(torch.randn(n_in, generator=g))
+    delta = torch.randn(n_out, n_in, generator=g)
+    found = best_low_rank(delta, 11, gram=x.T @ x)
+    assert not found.complete and best_low_rank(delta, 11, rows=x[:300]).complete
+    values = torch.linalg.eigvalsh(
+        (x.double() @ delta.double().T).T @ (x.double() @ delta.T.double())
+    )
+    best = float((values[:-11].sum() / values.sum()).sqrt())
+    assert residual(x, delta, found) <= best * 1.001
+    assert torch.equal(found.lr_b, best_low_rank(delta, 11, gram=x.T @ x).lr_b)
 
 
 def test_a_few_steps_come_near_the_best_subspace_and_a_warm_start_nearer():
