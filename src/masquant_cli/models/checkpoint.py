@@ -76,7 +76,7 @@ class Checkpoint:
     def nbytes(self, names: Iterable[str], dtype: torch.dtype | None = None) -> int:
         """Bytes of these tensors as `dtype` or as they are stored; tied ones count once."""
         found = set(map(self.stored.__getitem__, names))
-        return sum(s.numel * (dtype or s.dtype).itemsize for s in found.values())
+        return sum(s.numel * (dtype or s.dtype).itemsize for s in found)
 
 
 def open_checkpoint(folder: Path, model: nn.Module, family=None) -> Checkpoint:

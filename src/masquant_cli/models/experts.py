@@ -113,7 +113,9 @@ def unfuse(model: nn.Module, block: str = "mlp.experts") -> nn.Module:
         if re.search(rf"\.layers\.\d+\.{re.escape(block)}$", name) and is_fused(module):
             _refuse_unlike(name, module)
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Experts(module))
+            owner = model.get_submodule(parent)
+            setattr(owner, child, Experts(module))
+            owner._is_hf_initialized = True  # or Transformers looks for the fused parameters
     return model
 
 
