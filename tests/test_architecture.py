@@ -12,7 +12,7 @@ SRC, KERNELS = ROOT / "src", ROOT / "kernels"
 # package or module of masquant_cli -> the ones it may import (besides itself)
 MAY_IMPORT = {
     "benchmarks": set(),
-    "distributed": {"errors", "ranks"},
+    "distributed": {"errors", "progress", "ranks"},
     "ranks": {"distributed", "errors"},
     "errors": set(),
     "machine": set(),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from masquant_cli.errors import EnvironmentProblem, RecipeError
+from masquant_cli.progress import Progress
 
 T = TypeVar("T")
 TIMEOUT = "MASQUANT_RANK_TIMEOUT"  # seconds that a rank may go without a sign of life
@@ -34,7 +35,7 @@ class World:
         return self.rank == 0
 
     def pulse(self) -> None:
-        """Say that this rank is getting on. Called for every batch and every layer."""
+        """Say that this rank is getting on."""
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank; only rank 0 calls it."""
@@ -80,6 +81,32 @@ def deal(costs: Sequence[float], size: int) -> list[int]:
         ranks[item] = rank
         loads[rank] += costs[item]
     return ranks
+
+
+class _Pulsing:
+    """Progress whose every step is also a sign of life to the other ranks."""
+
+    def __init__(self, progress: Progress, world: World):
+        self.progress, self.world = progress, world
+
+    def stage(self, name: str, total: int | None, unit: str) -> None:
+        self.world.pulse()
+        self.progress.stage(name, total, unit)
+
+    def advance(self, n: int = 1, tokens: int = 0) -> None:
+        self.world.pulse()
+        self.progress.advance(n, tokens)
+
+    def note(self, text: str) -> None:
+        self.progress.note(text)
+
+    def warn(self, text: str) -> None:
+        self.progress.warn(text)
+
+
+def pulsing(progress: Progress, world: World) -> Progress:
+    """The same progress, whose steps tell waiting ranks that this one gets on."""
+    return progress if world.size == 1 else _Pulsing(progress, world)
 
 
 _world: World = World()

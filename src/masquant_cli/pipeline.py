@@ -5,11 +5,14 @@ fingerprint hashes everything its result depends on, so a finished stage whose f
 holds is never repeated, and one whose inputs changed is never trusted.
 """
 
+import functools
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from masquant_cli import distributed
 from masquant_cli import recipe as recipes
 from masquant_cli.errors import ArtifactError, RecipeError
 from masquant_cli.machine import measure
@@ -29,6 +32,8 @@ from masquant_cli.rundir import (
     write_json,
     write_manifest,
 )
+
+ALONE = ("export",)  # stages that rank 0 does by itself; the others wait
 
 
 @dataclass(frozen=True)
@@ -58,25 +63,23 @@ def run(
     """
     from masquant_cli.stages.job import Job
 
-    job = Job(recipe, progress or NullProgress())
+    world = distributed.world()
+    job = Job(recipe, distributed.pulsing(progress or NullProgress(), world), world=world)
     run = RunDir(Path(run_dir))
     done: dict[str, dict] = {}
-    with run.lock():
-        write_json(run.path / RECIPE, recipe.model_dump(mode="json"))
+    with run.lock() if world.main else nullcontext():
+        world.use(_device(recipe))
+        steps = world.from_main(lambda: _begin(job, run, reuse))
+        world.check_shared(run.path)
         upstream = ""
-        steps = plan(recipe, run_dir, reuse)
-        if reuse and steps[0].state != "cached":
-            job.progress.warn(f"calibrating anew: {steps[0].why}")
         for step in steps:
-            manifest = read_manifest(step.folder) if step.state == "cached" else None
-            # A stage before it may have been done again and come out differently.
-            cached = manifest is not None and manifest.upstream == upstream
+            manifest = world.from_main(functools.partial(_still_cached, step, upstream))
+            cached = manifest is not None
             if not cached:
-                _run_stage(job, step, recipe.seed, upstream)
-                manifest = read_manifest(step.folder)
+                manifest = _run_stage(job, step, recipe.seed, upstream)
             upstream = fingerprint(manifest.outputs)
             job.finished[step.stage] = (step.folder, manifest)
-            if step.stage == "calibrate":
+            if step.stage == "calibrate" and world.main:
                 remember_calibration(run, step.folder)
             done[step.stage] = {
                 "state": "cached" if cached else "done",
@@ -94,6 +97,20 @@ def run(
         "export_dir": str(run.stage("export") / "model") if "export" in done else None,
         "stages": done,
     }
+
+
+def _begin(job, run: RunDir, reuse: Sequence[Path]) -> list[StagePlan]:
+    write_json(run.path / RECIPE, job.recipe.model_dump(mode="json"))
+    steps = plan(job.recipe, run.path, reuse)
+    if reuse and steps[0].state != "cached":
+        job.progress.warn(f"calibrating anew: {steps[0].why}")
+    return steps
+
+
+def _still_cached(step: StagePlan, upstream: str) -> Manifest | None:
+    manifest = read_manifest(step.folder) if step.state == "cached" else None
+    # A stage before it may have been done again and come out differently.
+    return manifest if manifest is not None and manifest.upstream == upstream else None
 
 
 def plan(
@@ -228,30 +245,49 @@ def _flat(content: object, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _run_stage(job, step: StagePlan, seed: int, upstream: str) -> None:
+def _run_stage(job, step: StagePlan, seed: int, upstream: str) -> Manifest:
     from masquant_cli.stages import stage_function
 
     stage: Callable[..., dict] = stage_function(step.stage)
+    world, wanted = job.world, fingerprint([step.fingerprint, upstream])
     # From here on the stage is unfinished: its old manifest must not vouch for new files.
-    reopen(step.folder)
+    world.from_main(lambda: reopen(step.folder))
     with measure() as cost:
-        summary = stage(job, step.folder, fingerprint([step.fingerprint, upstream]))
-    outputs = sorted(p for p in step.folder.rglob("*") if p.is_file() and p.name[0] != ".")
+        if step.stage in ALONE:
+            summary = world.from_main(lambda: stage(job, step.folder, wanted))
+        else:
+            summary = stage(job, step.folder, wanted)
+            world.barrier()
+    costs = world.all_gather(cost)
+    sizes = world.from_main(lambda: _outputs(step.folder))
+    owners = distributed.deal(list(sizes.values()), world.size)
+    mine = {p: file_sha256(step.folder / p) for p, r in zip(sizes, owners, strict=True)
+            if r == world.rank}  # fmt: skip
+    outputs = {p: digest for part in world.all_gather(mine) for p, digest in part.items()}
     manifest = Manifest(
         stage=step.stage,
         fingerprint=step.fingerprint,
-        outputs={p.relative_to(step.folder).as_posix(): file_sha256(p) for p in outputs},
-        sizes={p.relative_to(step.folder).as_posix(): p.stat().st_size for p in outputs},
+        outputs={p: outputs[p] for p in sizes},
+        sizes=sizes,
         seed=seed,
         seconds=cost.seconds,
-        peak_bytes=cost.peak_bytes,
-        peak_gpu_bytes=cost.peak_gpu_bytes,
+        peak_bytes=max(c.peak_bytes for c in costs),
+        peak_gpu_bytes=max(c.peak_gpu_bytes for c in costs),
+        processes=world.size,
         summary=summary,
         versions=versions(),
         reads=step.reads,
         upstream=upstream,
     )
-    write_manifest(step.folder, manifest)
+    world.from_main(lambda: write_manifest(step.folder, manifest))
+    return world.from_main(lambda: read_manifest(step.folder))  # as a resumed run will read it
+
+
+def _outputs(folder: Path) -> dict[str, int]:
+    """What a stage left behind, hidden files and folders aside, and its sizes in bytes."""
+    paths = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    shown = [p for p in paths if not any(part[0] == "." for part in p.parts)]
+    return {p.as_posix(): (folder / p).stat().st_size for p in shown}
 
 
 def exported(recipe: recipes.Recipe, run_dir: Path) -> Path:

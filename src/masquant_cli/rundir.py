@@ -27,7 +27,10 @@ STAGES = ("calibrate", "smooth", "compensate", "export")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished stage says of itself. `outputs` maps relative paths to sha256."""
+    """What a finished stage says of itself. `outputs` maps relative paths to sha256.
+
+    Of several processes, `seconds` are rank 0's and the peaks those of the one with most.
+    """
 
     stage: str
     fingerprint: str
@@ -41,6 +44,7 @@ class Manifest:
     reads: dict = field(default_factory=dict)  # what the fingerprint hashes
     sizes: dict = field(default_factory=dict)  # bytes of each output
     upstream: str = ""  # hash of the outputs of the stage before
+    processes: int = 1
     schema: int = SCHEMA
 
 

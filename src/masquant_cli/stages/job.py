@@ -8,6 +8,7 @@ import torch
 
 from masquant_cli import shards
 from masquant_cli.algo.low_rank import rank_for
+from masquant_cli.distributed import World
 from masquant_cli.errors import ArtifactError, RecipeError
 from masquant_cli.methods import find
 from masquant_cli.models.loading import Loaded, load_float
@@ -27,6 +28,7 @@ class Job:
     recipe: Recipe
     progress: Progress
     finished: dict[str, tuple[Path, Manifest]] = field(default_factory=dict)
+    world: World = field(default_factory=World)
 
     @cached_property
     def loaded(self) -> Loaded:
@@ -38,26 +40,20 @@ class Job:
     @cached_property
     def float(self) -> Skeleton:
         """The float model without its weights; parts of it are read when they are needed."""
+        self.progress.note(f"opening {self.recipe.model.path}")
         skeleton = load_skeleton(self.recipe.model, self.recipe.device)
         check_modalities(skeleton.config, self.recipe.modalities, where="modalities")
         return skeleton
 
     @cached_property
     def layers(self) -> list[LayerSites]:
-        layers = find_sites(self.loaded.model)
-        kinds = set(getattr(self.loaded.model.config.get_text_config(), "layer_types", None) or ())
-        if len(kinds) > 1:
-            raise RecipeError(
-                f"this model mixes attention kinds ({', '.join(sorted(kinds))})",
-                where=self.recipe.model.path,
-                hint="only models whose decoder layers are all alike are supported yet",
-            )
+        layers = find_sites(self.float.model)
         group = self.recipe.weights.group_size
-        for site in layers[0].sites:
+        for site in (site for layer in layers for site in layer.sites):
             if group and site.in_features % group:
                 raise RecipeError(
                     f"group_size {group} does not divide the {site.in_features} inputs "
-                    f"of {site.kind}",
+                    f"of {site.name}",
                     where="weights.group_size",
                     hint="choose a divisor, or leave group_size out for one scale per channel",
                 )
@@ -67,7 +63,7 @@ class Job:
     def scheme(self) -> Scheme:
         """What the exported quantization_config will say."""
         recipe = self.recipe
-        tokens = merge_video(token_ids_of(self.loaded.model.config), recipe.modalities)
+        tokens = merge_video(token_ids_of(self.float.config), recipe.modalities)
         return Scheme(
             weight_bits=recipe.weights.bits,
             group_size=recipe.weights.group_size,
@@ -97,9 +93,8 @@ class Job:
         return find(self.recipe.method).rounding if wanted == "auto" else wanted
 
     def weight(self, site: Site) -> torch.Tensor:
-        """The site's linears stacked along their outputs: fp32 [sum of outs, in]."""
-        modules = (self.loaded.model.get_submodule(name) for name in site.linears)
-        return torch.cat([m.weight.detach().float() for m in modules])
+        """The site's linears stacked along their outputs, from disk: fp32 [sum of outs, in]."""
+        return torch.cat([self.float.weight(name) for name in site.linears])
 
     def read(self, stage: str, layer: int) -> dict[str, torch.Tensor]:
         """One layer's tensors of a finished stage, checked against its manifest."""
