@@ -368,8 +368,8 @@ def model(model_type: str, seed: int = 0):
     with torch.no_grad():
         # The default initialisation leaves activations near zero; errors would hide there.
         for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, parameter.shape[1] ** -0.5)
+            if parameter.ndim >= 2:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
             elif parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.generation_config.pad_token_id = PAD

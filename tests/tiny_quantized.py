@@ -1,5 +1,6 @@
 """Quantized tiny models with made-up scales and factors, in memory and on disk."""
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -58,6 +59,50 @@ def quantized(model, scheme: Scheme):
     model = copy.deepcopy(model)
     install(model, scheme, tensors)
     return model
+
+
+@contextlib.contextmanager
+def by_definition(model, scheme: Scheme, ids: torch.Tensor):
+    """While open, the model's linears compute equation 29, told the ids [B, T] from outside.
+
+    For symmetric weights, one scale per channel, and the made-up solution of `solved_site`.
+    """
+    linears = []
+    for layer in find_sites(model):
+        for site in layer.sites:
+            scale, low_rank = solved_site(site, scheme, seed=layer.layer)
+            start = 0
+            for name, out in zip(site.linears, site.out_features, strict=True):
+                linears.append(model.get_submodule(name))
+                _define(linears[-1], scale, low_rank, ids, start, scheme)
+                start += out
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.forward
+
+
+def _define(linear, scale, low_rank, ids, start: int, scheme: Scheme) -> None:
+    w = linear.weight * scale[0]
+    step = w.abs().amax(1, keepdim=True) / (2 ** (scheme.weight_bits - 1) - 1)
+    w = (w / step).round() * step
+    factors = [low_rank[m] for m in scheme.modalities[1:] if low_rank]
+
+    def forward(x):
+        u = x * (1 / scale)[ids]
+        rounded = u
+        if scheme.activation_bits < 16:
+            limit = 2 ** (scheme.activation_bits - 1) - 1
+            step = (u.abs().amax(-1, keepdim=True) / limit).clamp_min(1e-30)  # padding may be zero
+            rounded = (u / step).round() * step
+        y = rounded @ w.T
+        for m, (a, b) in enumerate(factors, 1):
+            corrected = u @ a.float() @ b[:, start : start + linear.out_features].float()
+            y = y + (ids == m)[..., None] * corrected
+        return y if linear.bias is None else y + linear.bias
+
+    linear.forward = forward  # an instance attribute hides the method
 
 
 def export(model, scheme: Scheme, folder: Path, prefix: str = "", outer: dict | None = None):

@@ -138,6 +138,20 @@ def family_of(config, *, where: str | None = None) -> Family:
     )
 
 
+def model_class(family: Family) -> type:
+    """The family's Transformers class. Raises RecipeError where this release has none."""
+    import transformers
+
+    found = getattr(transformers, family.model_class, None)
+    if found is None:
+        raise RecipeError(
+            f"model family {family.model_type!r} needs a newer transformers: "
+            f"{transformers.__version__} has no {family.model_class}",
+            hint="pip install -U transformers",
+        )
+    return found
+
+
 def dense_name(linear: str) -> str:
     """An expert's linear as a layer without experts has it: "mlp.down_proj"; others as they are."""
     return _EXPERT.sub(".", linear)

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from masquant_cli.errors import ArtifactError, EnvironmentProblem, MasquantError
 from masquant_cli.models.experts import per_expert
-from masquant_cli.models.families import FAMILIES
+from masquant_cli.models.families import FAMILIES, model_class
 from masquant_cli.runtime.install import fuse_sites, install
 from masquant_cli.runtime.pack import SUFFIXES, check_tensors
 from masquant_cli.runtime.scheme import QUANT_METHOD, Scheme
@@ -148,8 +148,6 @@ def load_quantized(path, dtype: torch.dtype | str | None = None, **kwargs):
     default. Further keywords go to `from_pretrained` (device_map, ...). Raises ArtifactError when
     the folder is not there, not masquant's, or not complete.
     """
-    import transformers
-
     config = _read_config(path, kwargs)
     family = FAMILIES.get(config.get("model_type"))
     if family is None:
@@ -167,9 +165,8 @@ def load_quantized(path, dtype: torch.dtype | str | None = None, **kwargs):
             hint="point at a folder written by `masquant export`; float models load "
             "with from_pretrained",
         )
-    model_class = getattr(transformers, family.model_class)
     try:
-        model, info = model_class.from_pretrained(
+        model, info = model_class(family).from_pretrained(
             path, dtype=dtype or "auto", output_loading_info=True, **kwargs
         )
     except MasquantError:

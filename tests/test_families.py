@@ -1,0 +1,168 @@
+"""Every family on a tiny model of its real class: found, walked, quantized, reloaded."""
+
+import pytest
+import tiny_families
+import torch
+import transformers
+from masquant_kernels import dispatch
+from safetensors.torch import load_file
+from tiny_families import AUDIO, CASES, IMAGE, VIDEO
+from tiny_quantized import by_definition, export, quantized, scheme_of
+from torch import nn
+
+from masquant_cli import load_quantized
+from masquant_cli.errors import RecipeError
+from masquant_cli.models import loading
+from masquant_cli.models.families import FAMILIES, Family, model_class
+from masquant_cli.models.modality import modality_ids, token_ids_of
+from masquant_cli.models.names import disk_names
+from masquant_cli.models.sites import find_sites, layers_path
+from masquant_cli.models.skeleton import load_skeleton
+from masquant_cli.recipe import Model
+from masquant_cli.runtime import modality_ids as forced_ids
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+every = pytest.mark.parametrize("name", CASES)
+TIED = ("internvl", "gemma3", "mistral3", "llama", "gemma2", "gemma3_text", "smollm3")
+HYBRID = "minicpmv4_6"  # its first layer attends linearly
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{family: its float model as save_pretrained writes it}, each written when first asked for."""
+    written = {}
+
+    def folder(name):
+        if name not in written:
+            written[name] = tmp_path_factory.mktemp(name)
+            tiny_families.model(name).save_pretrained(written[name])
+        return written[name]
+
+    return folder
+
+
+def relative(got, want) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def real_logits(model, inputs) -> torch.Tensor:
+    """[real tokens, vocabulary]; padding attends to nothing and may hold anything."""
+    with torch.no_grad():
+        return model(**inputs).logits[inputs["attention_mask"].bool()]
+
+
+def test_every_family_has_a_tiny_model():
+    # A full Omni checkpoint is loaded as its thinker; experts have tests of their own.
+    others = {name for name in FAMILIES if "moe" in name} | {"qwen2_5_omni", "mixtral"}
+    assert set(CASES) == set(FAMILIES) - others
+
+
+@every
+def test_sites_hold_every_linear_of_the_decoder(name):
+    model = tiny_families.model(name)
+    layers = find_sites(model)
+    path = layers_path(model)
+    inside = {
+        f"{path}.{n}"
+        for n, module in model.get_submodule(path).named_modules()
+        if isinstance(module, nn.Linear) and "linear_attn" not in n
+    }
+    found = [linear for layer in layers for site in layer.sites for linear in site.linears]
+    assert len(found) == len(set(found)) and set(found) == inside
+    kinds = ["attn_in", "attn_out", "mlp_in", "mlp_out"]
+    assert [site.kind for site in layers[1].sites] == kinds
+    assert [site.kind for site in layers[0].sites] == (kinds[2:] if name == HYBRID else kinds)
+    mlp = layers[0]["mlp_in"]
+    assert (mlp.in_features, sum(mlp.out_features)) == (64, 192)
+    attention = layers[1]["attn_in"]
+    gated = 2 if name == HYBRID else 1  # q_proj makes a gate as well
+    assert (attention.in_features, sum(attention.out_features)) == (64, gated * 64 + 2 * 32)
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    assert find_sites(skeleton) == layers
+
+
+@every
+def test_every_token_has_its_modality(name):
+    config, case = tiny_families.model(name).config, CASES[name]
+    known = {"vision": [IMAGE], "video": [VIDEO], "audio": [AUDIO]}
+    assert token_ids_of(config) == {m: known[m] for m in FAMILIES[name].modalities}
+    modalities = ("text", *(m for m in ("vision", "audio") if m in token_ids_of(config)))
+    ids = modality_ids(tiny_families.inputs(name)["input_ids"], config, modalities)
+    assert ids.unique().tolist() == list(range(len(modalities)))
+    for token, count in case.tokens.items():
+        index = modalities.index({IMAGE: "vision", AUDIO: "audio"}[token])
+        assert (ids == index).sum(1).tolist() == [count, count]
+
+
+@every
+def test_media_reach_the_decoder(name):
+    """Else everything below would hold for a model that is blind."""
+    model, inputs = tiny_families.model(name), tiny_families.inputs(name)
+    want = real_logits(model, inputs)
+    for key in ("pixel_values", "image_pixel_values", "input_features", "audio_input_features"):
+        if key in inputs:
+            changed = real_logits(model, {**inputs, key: inputs[key].flip(-1)})
+            assert relative(changed, want) > 1e-3, key
+
+
+@every
+def test_names_on_disk(name, folders):
+    model = tiny_families.model(name)
+    disk = load_file(folders(name) / "model.safetensors")
+    names = disk_names(model, disk)
+    assert sorted(names.values()) == sorted(disk)
+    state = model.state_dict()
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    assert set(names) == set(state) - ({"lm_head.weight"} if tied else set())
+    assert tied == (name in TIED)
+    for key, on_disk in names.items():
+        assert torch.equal(disk[on_disk], state[key]), key
+
+
+@every
+def test_a_skeleton_is_the_model(name, folders, monkeypatch):
+    monkeypatch.setattr(loading, "load_processor", lambda folder: None)
+    skeleton = load_skeleton(Model(path=str(folders(name)), dtype="float32"), "cpu")
+    model, inputs = tiny_families.model(name), tiny_families.inputs(name)
+    want = real_logits(model, inputs)
+    with skeleton.materialised(""):
+        assert torch.equal(real_logits(skeleton.model, inputs), want)
+    assert all(p.is_meta for p in skeleton.model.parameters())
+
+
+@every
+def test_quantized_it_computes_the_definition_and_reloads_the_same(name, tmp_path):
+    model, inputs = tiny_families.model(name), tiny_families.inputs(name)
+    scheme, exact = scheme_of(model), scheme_of(model, activation_bits=16)
+    ids = modality_ids(inputs["input_ids"], scheme.token_ids, scheme.modalities)
+    with by_definition(model, exact, ids):
+        want = real_logits(model, inputs)
+    with dispatch.force("reference"):
+        assert relative(real_logits(quantized(model, exact), inputs), want) < 1e-5
+    assert relative(real_logits(model, inputs), want) > 5e-2
+    with by_definition(model, scheme, ids):
+        want = real_logits(model, inputs)
+    ours = quantized(model, scheme)
+    got = real_logits(ours, inputs)
+    assert relative(got, want) < 2e-2  # a rounding may fall the other way
+    if len(scheme.modalities) > 1:
+        with forced_ids(ours, torch.zeros_like(ids)):
+            assert relative(real_logits(ours, inputs), want) > 2e-2
+    loaded = load_quantized(export(model, scheme, tmp_path))
+    assert torch.equal(real_logits(loaded, inputs), got)
+    made = loaded.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert made.shape[1] == inputs["input_ids"].shape[1] + 3
+    assert torch.equal(made[:, -3], got_next(ours, inputs))
+
+
+def got_next(model, inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits[:, -1].argmax(-1)
+
+
+def test_a_row_of_a_newer_transformers_is_a_clear_error():
+    row = Family("qwen2", "Qwen9ForCausalLM")
+    with pytest.raises(RecipeError, match=r"needs a newer transformers.*Qwen9ForCausalLM"):
+        model_class(row)
+    assert model_class(FAMILIES["qwen2"]) is transformers.Qwen2ForCausalLM
