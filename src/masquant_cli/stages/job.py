@@ -64,6 +64,10 @@ class Job:
         """What the exported quantization_config will say."""
         recipe = self.recipe
         tokens = merge_video(token_ids_of(self.float.config), recipe.modalities)
+        ranks: dict[str, int] = {}
+        for site in (site for layer in self.layers for site in layer.sites):
+            # Layers may differ (some have experts, some no site of a kind); fewer columns are padded.
+            ranks[site.kind] = max(ranks.get(site.kind, 0), self.rank(site))
         return Scheme(
             weight_bits=recipe.weights.bits,
             group_size=recipe.weights.group_size,
@@ -71,7 +75,7 @@ class Job:
             activation_bits=recipe.activations.bits,
             modalities=recipe.modalities,
             token_ids={m: tuple(ids) for m, ids in tokens.items()},
-            ranks={site.kind: self.rank(site) for site in self.layers[0].sites},
+            ranks=ranks,
             sites=SITE_KINDS,
         )
 
