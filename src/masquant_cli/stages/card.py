@@ -49,7 +49,7 @@ def write_card(job: Job, folder: Path, sizes: dict[str, int]) -> None:
         version=__version__,
         method=recipe.method,
         bits=f"W{recipe.weights.bits}A{activation}",
-        architecture=type(job.loaded.model).__name__,
+        architecture=type(job.float.model).__name__,
         weights=f"int{recipe.weights.bits}, "
         + ("symmetric" if recipe.weights.symmetric else "asymmetric")
         + (f", groups of {group}" if group else ", one scale per output channel"),
