@@ -66,7 +66,7 @@ class Job:
         tokens = merge_video(token_ids_of(self.float.config), recipe.modalities)
         ranks: dict[str, int] = {}
         for site in (site for layer in self.layers for site in layer.sites):
-            # Layers may differ (some have experts, some no site of a kind); fewer columns are padded.
+            # Layers may differ (experts, or no site of a kind); fewer columns are padded.
             ranks[site.kind] = max(ranks.get(site.kind, 0), self.rank(site))
         return Scheme(
             weight_bits=recipe.weights.bits,
