@@ -20,6 +20,7 @@ from masquant_cli.distributed import TIMEOUT, T, World
 from masquant_cli.errors import EXIT_BUG, EXIT_TERMINATED, EnvironmentProblem, MasquantError
 
 LONGEST_PAUSE = 0.05  # seconds between two looks at the store
+SHOWN_AFTER = 5.0  # seconds that network file systems may take to show a new file
 AGAIN = "run the same command again: finished layers and stages are kept"
 
 
@@ -270,13 +271,14 @@ def _leave_mark(mark: Path) -> str:
 
 
 def _sees(mark: Path, token: str) -> bool:
-    """Network file systems may take a few seconds to show a new file."""
-    for _ in range(50):
+    end = time.monotonic() + SHOWN_AFTER
+    while True:
         with contextlib.suppress(OSError):
             if mark.read_text() == token:
                 return True
-        time.sleep(0.1)
-    return False
+        if time.monotonic() > end:
+            return False
+        time.sleep(LONGEST_PAUSE)
 
 
 def _cores() -> int:
