@@ -96,11 +96,20 @@ def load_float(spec: recipes.Model, device: str = "auto") -> Loaded:
 
 
 def load_processor(folder: Path) -> Any:
-    """The model's processor, or its tokenizer where it has no other."""
+    """The model's processor, or its tokenizer where it has no other.
+
+    Without torchvision the processor of a model that also takes video comes without that part.
+    """
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(folder)
+        try:
+            processor = AutoProcessor.from_pretrained(folder)
+        except ImportError:
+            from masquant_cli.models.without_video import load_without_video
+
+            if (processor := load_without_video(folder)) is None:
+                raise
         # Without its file Transformers makes up an empty tokenizer, which encodes nothing.
         if getattr(getattr(processor, "tokenizer", processor), "vocab_size", None) in (0, 1):
             raise ValueError("its tokenizer has no vocabulary")
@@ -108,7 +117,7 @@ def load_processor(folder: Path) -> Any:
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise RecipeError(
             f"the processor cannot be loaded: {str(error).splitlines()[0]}", where=str(folder),
-            hint="the folder must hold preprocessor and tokenizer files; Qwen's need torchvision: "
+            hint="the folder must hold preprocessor and tokenizer files; some need torchvision: "
             "pip install 'masquant[vision]'",
         ) from error  # fmt: skip
 
