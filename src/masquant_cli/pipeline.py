@@ -257,7 +257,7 @@ def _run_stage(job, step: StagePlan, seed: int, upstream: str) -> Manifest:
             summary = world.from_main(lambda: stage(job, step.folder, wanted))
         else:
             summary = stage(job, step.folder, wanted)
-            world.barrier()
+            world.barrier(step.folder)
     costs = world.all_gather(cost)
     sizes = world.from_main(lambda: _outputs(step.folder))
     owners = distributed.deal(list(sizes.values()), world.size)
