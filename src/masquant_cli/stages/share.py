@@ -30,5 +30,5 @@ def share(job: Job, files: Sequence[Path], fingerprint: str, *, alone: bool = Fa
 
 
 def cost(layer: LayerSites) -> float:
-    """What solving a layer takes, relative to others: products of rows and of Grams with weights."""
+    """What solving a layer takes, relative to others: products of Grams and rows with weights."""
     return sum(s.in_features * (s.in_features + sum(s.out_features)) for s in layer.sites)
