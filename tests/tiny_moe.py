@@ -3,6 +3,7 @@
 Their token ids are those of tiny_chat's processor.
 """
 
+import json
 from functools import cache
 
 import tiny_chat
@@ -177,3 +178,19 @@ def inputs(model, batch: int = 2, pad: int = 3, seed: int = 0) -> dict:
     if image and not sound:  # Qwen-VL derives its 3-D positions from these; Omni from the ids
         given["mm_token_type_ids"] = (ids == image).long()
     return {"input_ids": ids, "attention_mask": mask, **given}
+
+
+
+def save(name: str, folder) -> None:
+    """A float checkpoint with its processor's files, as on the hub but for the video's."""
+    MODELS[name]().save_pretrained(folder)
+    parts = tiny_chat.processor()
+    parts.tokenizer.save_pretrained(folder)
+    if "vl" not in name and "omni" not in name:
+        return
+    made = "Qwen3OmniMoeProcessor" if "omni" in name else "Qwen3VLProcessor"
+    settings = {"processor_class": made, **parts.image_processor.to_dict()}
+    if "omni" in name:
+        settings = {**parts.feature_extractor.to_dict(), **settings}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text(tiny_chat.TEMPLATE)
