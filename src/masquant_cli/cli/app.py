@@ -193,11 +193,22 @@ def recipes(
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
-    """Check this machine: versions, devices, memory, disk, hub."""
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR|ID", help="What masquant finds in this model.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check this machine: versions, devices, memory, disk, hub; or a model: is it supported?"""
     from masquant_cli.cli import doctor as check
     from masquant_cli.cli import render
 
+    if model is not None:
+        document = check.examine_model(model)
+        render.output(document, json, check.show_model)
+        if not document["supported"]:
+            raise typer.Exit(2)
+        return
     report = check.examine()
     render.output(report, json, render.doctor)
     if report["problems"]:

@@ -1,4 +1,5 @@
-"""What this machine has: the first thing to look at, and to paste into a bug report."""
+"""What this machine has, or what a model has: the first thing to look at, and to paste into a bug
+report."""
 
 import importlib.metadata
 import os
@@ -94,3 +95,93 @@ def _memory() -> str:
         return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB"
     except (ValueError, OSError, AttributeError):
         return "unknown memory"
+
+
+def examine_model(path: str) -> dict[str, Any]:
+    """What masquant finds in a model folder or a hub id; "supported" says whether it can run."""
+    from masquant_cli.inspect.support import support
+
+    return support(path)
+
+
+def show_model(document: dict[str, Any]) -> None:
+    """That document, for a person."""
+    from masquant_cli.cli.render import draw_table, size
+
+    facts = {"model": document["path"], "model type": document["model_type"] or "none named"}
+    if "family" in document:
+        facts |= _supported_facts(document, size)
+    else:
+        facts["architectures"] = ", ".join(document["architectures"]) or "none named"
+    draw_table(("", ""), list(facts.items()), heads=False)
+    for group in document.get("sites", ()):
+        rows = [
+            (kind, ", ".join(site["linears"]), str(site["experts"] or ""), str(site["in"]),
+             ", ".join(map(str, site["out"])))
+            for kind, site in group["sites"].items()
+        ]  # fmt: skip
+        print(f"\n{_ranges(group['layers'])}")
+        draw_table(("site", "linears", "experts", "inputs", "outputs"), rows, right=(2, 3))
+    if document.get("left_float"):
+        print("\nleft float")
+        rows = [(part["module"], f"{part['parameters']:,}") for part in document["left_float"]]
+        draw_table(("module", "parameters"), rows, right=(1,))
+    _show_unknown(document)
+    print()
+    for warning in document["warnings"]:
+        print("note:", warning)
+    for problem in document["problems"]:
+        print("problem:", problem)
+    print("supported" if document["supported"] else "not supported")
+
+
+def _supported_facts(document: dict[str, Any], size) -> dict[str, str]:
+    parameters, files = document["parameters"], document["files"]
+    weights = "none here: config.json alone was read"
+    if files:
+        weights = f"{files['shards']} files, {size(files['bytes'])}" if files["complete"] else "bad"
+    said = [
+        name + (f" (token {', '.join(map(str, tokens))})" if tokens else "")
+        for name, tokens in document["modalities"].items()
+    ]
+    return {
+        "class": document["class"],
+        "decoder": f"{document['layers']['at']}, {document['layers']['count']} layers",
+        "modalities": ", ".join(said),
+        "parameters": f"{_count(parameters['total'])}; in decoder layers "
+        f"{_count(parameters['decoder_layers'])}; in linears to quantize "
+        f"{_count(parameters['quantized'])}",
+        "tied embeddings": "yes" if document["tied_embeddings"] else "no",
+        "weights": weights,
+    }
+
+
+def _show_unknown(document: dict[str, Any]) -> None:
+    from masquant_cli.cli.render import draw_table
+
+    if found := document.get("looks_like_decoder"):
+        print(f"\nlooks like a decoder: {found['layers']} of {found['class']}, "
+              f"{found['count']} layers, most of them {found['layer']}")  # fmt: skip
+        rows = [(name, str(i), str(o)) for name, (o, i) in found["linears"].items()]
+        draw_table(("linear", "inputs", "outputs"), rows, right=(1, 2))
+    if document.get("placeholders"):
+        found = ", ".join(f"{name} {value}" for name, value in document["placeholders"].items())
+        print(f"\nplaceholder tokens: {found}")
+    for missing in document.get("missing", ()):
+        print("missing:", missing)
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.3g} M"
+
+
+def _ranges(layers: list[int]) -> str:
+    """[0, 1, 2, 5] as "layers 0-2, 5"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    shown = ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+    return f"layers {shown}" if len(layers) > 1 else f"layer {shown}"

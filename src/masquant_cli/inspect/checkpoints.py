@@ -43,7 +43,7 @@ class Linear:
 
 def folder(path: Path, shown: str | None = None) -> dict:
     """A folder that holds config.json: kind "checkpoint" when masquant wrote it, else "model"."""
-    config = _config(path)
+    config = read_config(path)
     inner = config.get("thinker_config") or config
     method = (config.get("quantization_config") or {}).get("quant_method")
     ours = method == QUANT_METHOD
@@ -96,7 +96,7 @@ def provenance(manifest: Manifest) -> dict:
     }
 
 
-def _config(path: Path) -> dict:
+def read_config(path: Path) -> dict:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
