@@ -21,6 +21,7 @@ from masquant_cli.data.inputs import encode_scored, model_inputs
 from masquant_cli.errors import ArtifactError
 from masquant_cli.methods import find
 from masquant_cli.methods.method import Layer
+from masquant_cli.models.capture import layer_output
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.progress import NullProgress
 from masquant_cli.recipe import Method, Smoothing
@@ -303,7 +304,7 @@ def test_sensitivity_is_the_gradient_of_the_models_own_loss(job):
     felt.of(0)  # computes all
     model, names = job.loaded.model, job.recipe.modalities
     sums = torch.zeros(3, 2)
-    for sample in choose_samples(job.recipe, job.loaded, NullProgress()).samples[:6]:
+    for sample in choose_samples(job.recipe, job.float, NullProgress()).samples[:6]:
         batch, scored = encode_scored(job.loaded.processor, [sample])
         ids = modality_ids(batch["input_ids"], token_ids_of(model.config), names)
         kept = []
@@ -336,16 +337,15 @@ def test_sensitivity_is_the_gradient_of_the_models_own_loss(job):
 
 def test_a_layer_of_quantized_linears_is_the_layer_with_their_weights_rounded(tmp_path):
     job = Job(small("smoothing.samples=3", "activations.bits=16"), NullProgress())
-    block = Blocks(job, tmp_path).at(0)
+    blocks = Blocks(job, tmp_path)
+    block = blocks.at(0)
     ones = {s.kind: torch.ones(1, s.in_features) for s in block.layer.sites}
     found = [block.run(i, ones) for i in range(len(block))]
-    for linear in (job.loaded.model.get_submodule(n) for s in block.layer.sites for n in s.linears):
+    for linear in (job.float.module(n) for s in block.layer.sites for n in s.linears):
         assert "forward" not in vars(linear)  # put back as it was
         linear.weight.data = fake_quant_weight(linear.weight.data, 4)
-    module = job.loaded.model.get_submodule(block.layer.module)
     for i, stream in enumerate(block.inputs):
-        out = module(stream.quantized, **stream.arguments)
-        out = out[0] if isinstance(out, tuple) else out
+        out = layer_output(job.float, 0, stream.quantized, stream)
         torch.testing.assert_close(found[i], out[0], rtol=1e-4, atol=1e-4)
         assert set(block.sample(i)[1].tolist()) <= {-1, 0, 1, 2}
 
@@ -533,7 +533,7 @@ def test_the_residual_reaches_for_what_the_recipe_says(calibrated, tmp_path):
     }.items():
         a, b = (found[target][f"attn_in.vision.lr_{x}"].float() for x in "ab")
         projected = (reached - base).T @ b.T  # lr_a = D.T V, lr_b = V.T
-        torch.testing.assert_close(a, projected, rtol=5e-3, atol=2e-3)
+        torch.testing.assert_close(a, projected, rtol=5e-3, atol=4e-3)
     assert not torch.equal(
         found["float"]["attn_in.vision.lr_a"], found["quantized"]["attn_in.vision.lr_a"]
     )

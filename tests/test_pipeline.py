@@ -44,7 +44,7 @@ def copied(finished, tmp_path) -> Path:
 
 
 def chosen(job: Job) -> CalibrationSet:
-    return choose_samples(job.recipe, job.loaded, job.progress)
+    return choose_samples(job.recipe, job.float, job.progress)
 
 
 def weights_hash(run_dir: Path) -> str:
@@ -138,15 +138,17 @@ def test_swapped_modality_scales_are_caught_by_the_export(copied, monkeypatch):
 
 def test_sequential_layers_equal_the_full_forward(finished):
     from masquant_cli.data.inputs import encode
-    from masquant_cli.models.capture import first_layer_inputs, run_layer
+    from masquant_cli.models.capture import embed, run_layer
 
     job = Job(small(), Interrupting("", 0))
-    model, samples = job.loaded.model, chosen(job).samples[:6]
-    inputs = encode(job.loaded.processor, samples, for_generation=False)
+    skeleton, model = job.float, job.loaded.model
+    inputs = encode(skeleton.processor, chosen(job).samples[:6], for_generation=False)
     ids = modality_ids(inputs["input_ids"], token_ids_of(model.config), job.recipe.modalities)
-    batch = first_layer_inputs(model, model.get_submodule(job.layers[0].module), inputs, ids)
+    with skeleton.materialised_names(skeleton.names_outside_layers()):
+        batch = embed(skeleton, inputs, ids)
     for layer in job.layers:
-        run_layer(model.get_submodule(layer.module), batch)
+        with skeleton.materialised(layer.module):
+            run_layer(skeleton, layer.layer, batch)
     last = {}
     norm = model.get_decoder().norm
     handle = norm.register_forward_pre_hook(lambda _, args: last.update(x=args[0]))

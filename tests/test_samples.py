@@ -3,8 +3,7 @@
 import pytest
 from jobs import small
 
-from masquant_cli.models.loading import Loaded, load_processor
-from masquant_cli.models.resolve import resolve
+from masquant_cli.models.skeleton import Skeleton, load_skeleton
 from masquant_cli.progress import NullProgress
 from masquant_cli.recipe import Recipe
 from masquant_cli.stages import samples as stage
@@ -23,16 +22,9 @@ class Listening(NullProgress):
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
-    """The embedded model's processor and config; choosing needs no weights."""
-    import transformers
-
-    folder = resolve(small().model)
-
-    class Model:
-        config = transformers.AutoConfig.from_pretrained(folder)
-
-    return Loaded(Model(), load_processor(folder), folder)
+def loaded() -> Skeleton:
+    """The embedded model without its weights."""
+    return load_skeleton(small().model)
 
 
 @pytest.fixture

@@ -2,19 +2,17 @@
 
 import torch
 
+from masquant_cli.algo import statistics
 from masquant_cli.algo.low_rank import smoothed_gram
 from masquant_cli.algo.statistics import InputStatistics
 
 
 def collect(x: torch.Tensor, sizes: list[int], keep: int = 16, seed: int = 3) -> InputStatistics:
-    found = InputStatistics(
-        width=x.shape[1],
-        keep=keep,
-        with_gram=True,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    for part in x.split(sizes):
-        found.update(part)
+    found = InputStatistics(width=x.shape[1], keep=keep, with_gram=True)
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.rand(len(x), dtype=torch.float64, generator=generator)
+    for part, its_keys in zip(x.split(sizes), keys.split(sizes), strict=True):
+        found.update(part, its_keys)
     return found
 
 
@@ -26,6 +24,29 @@ def test_any_split_gives_the_whole():
     torch.testing.assert_close(parts.tensors()["mean_abs"], x.abs().mean(0))
     torch.testing.assert_close(parts.gram, x.T @ x, rtol=1e-5, atol=1e-3)
     assert torch.equal(parts.rows, whole.rows)  # the sample does not see the batching
+
+
+def test_rows_are_the_inputs_of_the_smallest_keys_in_their_order_however_they_come():
+    g = torch.Generator().manual_seed(2)
+    x, keys = torch.randn(300, 4, generator=g), torch.rand(300, dtype=torch.float64, generator=g)
+    expected = x[keys.argsort()[:40]]
+    for order in (
+        torch.arange(300),
+        torch.randperm(300, generator=g),
+        keys.argsort(descending=True),
+    ):
+        found = InputStatistics(width=4, keep=40, with_gram=False)
+        for part in order.split(7):
+            found.update(x[part], keys[part])
+        assert torch.equal(found.rows, expected)
+
+
+def test_sums_in_pieces_are_those_of_the_whole(monkeypatch):
+    monkeypatch.setattr(statistics, "PIECE", 21)  # three rows of seven
+    x = torch.randn(50, 7, generator=torch.Generator().manual_seed(5))
+    found = collect(x, [50])
+    assert torch.equal(found.absmax, x.abs().amax(0))
+    torch.testing.assert_close(found.abs_sum, x.abs().sum(0))
 
 
 def test_rows_are_a_seeded_sample_without_repeats():

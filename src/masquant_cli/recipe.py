@@ -3,6 +3,7 @@
 `recipe_yaml.load` turns a file into a `Recipe`; nothing here reads files or imports torch.
 """
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -214,6 +215,20 @@ class Bench(Frozen):
     repeats: Annotated[int, Field(ge=1)] = 5
 
 
+class Resources(Frozen):
+    """What a run may use. It changes how results come about, never which."""
+
+    max_memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?[KMGT]i?B$")] | None = None  # "6GB"
+
+    @property
+    def max_bytes(self) -> int | None:
+        """`max_memory` in bytes: GB are 10^9, GiB 2^30. None: what the machine has."""
+        if self.max_memory is None:
+            return None
+        number, unit = re.fullmatch(r"([\d.]+) ?([KMGT]i?)B", self.max_memory).groups()
+        return int(float(number) * (1024 if "i" in unit else 1000) ** ("KMGT".index(unit[0]) + 1))
+
+
 class Recipe(Frozen):
     """One job. The first modality is the base: its smoothing shapes the stored weight."""
 
@@ -231,6 +246,7 @@ class Recipe(Frozen):
     export: Export = Export()
     evaluation: Evaluation = Evaluation()
     bench: Bench = Bench()
+    resources: Resources = Resources()
 
     @model_validator(mode="after")
     def _modalities(self):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 from masquant_kernels.quantizers import quantize_weight
-from torch import Tensor, nn
+from torch import Tensor
 
 from evidence.synthetic import IN, MODALITIES, OUT, Layer
 from masquant_cli import shards
@@ -34,11 +34,7 @@ class LayerJob(Job):
     def __init__(self, recipe: Recipe, layer: Layer, statistics: dict[str, Tensor], folder: Path):
         super().__init__(recipe, NullProgress())
         self.statistics, self.folder = statistics, folder
-        linear = nn.Linear(IN, OUT, bias=False)
-        linear.weight = nn.Parameter(layer.weight, requires_grad=False)
-        model = nn.ModuleDict({"linear": linear})
-        model.device = torch.device("cpu")
-        self.loaded = SimpleNamespace(model=model)
+        self.float = SimpleNamespace(device=torch.device("cpu"), weight=lambda _: layer.weight)
         self.layers = [LayerSites(0, "", (SITE,))]
 
     def read(self, stage: str, layer: int) -> dict[str, Tensor]:
@@ -52,8 +48,9 @@ def statistics_of(layer: Layer, rows: int, seed: int) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for m, name in enumerate(MODALITIES):
         generator = torch.Generator().manual_seed(seed * 31 + m)
-        sums = InputStatistics(IN, rows, True, generator)
-        sums.update(layer.tokens[name])
+        sums = InputStatistics(IN, rows, True)
+        x = layer.tokens[name]
+        sums.update(x, torch.rand(len(x), dtype=torch.float64, generator=generator))
         found |= {f"{SITE.kind}.{name}.{key}": value for key, value in sums.tensors().items()}
     return found
 

@@ -7,61 +7,78 @@ smoothed ones is G / (s s.T), so no smoothing ever needs another pass over the d
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+
+PIECE = 1 << 20  # elements whose magnitudes are held at once: they stay in the cache
 
 
 @dataclass
 class InputStatistics:
-    """Accumulates over calls of `update(x [n, in])`. All sums are fp32.
+    """Accumulates over calls of `update(x [n, in], keys [n])`. All sums are fp32.
 
-    absmax [in], abs_sum [in], count, gram [in, in] (optional) over *all* tokens, and `rows`:
-    a uniform random sample of at most `keep` tokens (bottom-k of seeded keys), in random order.
+    absmax [in], abs_sum [in], count, gram [in, in] (optional) over *all* tokens, and the inputs
+    of the `keep` tokens with the smallest keys. A token's key is drawn at random once, so the
+    sample is uniform and does not depend on how tokens are batched or in which order they come.
     """
 
     width: int
     keep: int
     with_gram: bool
-    generator: torch.Generator
     device: torch.device | str = "cpu"
     count: int = 0
-    absmax: torch.Tensor = field(init=False)
-    abs_sum: torch.Tensor = field(init=False)
-    gram: torch.Tensor | None = field(init=False, default=None)
-    rows: torch.Tensor = field(init=False)
-    _keys: torch.Tensor = field(init=False)
+    absmax: Tensor = field(init=False)
+    abs_sum: Tensor = field(init=False)
+    gram: Tensor | None = field(init=False, default=None)
+    kept: Tensor = field(init=False)  # [n, in] in no order
+    keys: Tensor = field(init=False)  # [n] f64, theirs
 
     def __post_init__(self):
         self.absmax = torch.zeros(self.width, device=self.device)
         self.abs_sum = torch.zeros(self.width, device=self.device)
         if self.with_gram:
             self.gram = torch.zeros(self.width, self.width, device=self.device)
-        self.rows = torch.zeros(0, self.width, device=self.device)
-        self._keys = torch.zeros(0, dtype=torch.float64)
+        self.kept = torch.zeros(0, self.width, device=self.device)
+        self.keys = torch.zeros(0, dtype=torch.float64)
 
-    def update(self, x: torch.Tensor) -> None:
-        n = x.shape[0]
-        # Keys are drawn for every token, so the sample does not depend on how tokens are batched.
-        keys = torch.rand(n, dtype=torch.float64, generator=self.generator)
-        if n == 0:
+    def update(self, x: Tensor, keys: Tensor) -> None:
+        """x: floats [n, in]. keys: f64 [n] on the CPU."""
+        if not len(x):
             return
-        x = x.float()
-        magnitude = x.abs()
-        self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
-        self.abs_sum += magnitude.sum(0)
+        for part in x.split(max(1, PIECE // self.width)):
+            magnitude = part.abs()
+            torch.maximum(self.absmax, magnitude.amax(0), out=self.absmax)
+            self.abs_sum += magnitude.sum(0, dtype=torch.float32)
         if self.gram is not None:
-            self.gram.addmm_(x.T, x)
-        self.count += n
-        self._sample(x, keys)
+            wide = x.float()
+            self.gram.addmm_(wide.T, wide)
+        self.count += len(x)
+        self.sample(x, keys)
 
-    def _sample(self, x: torch.Tensor, keys: torch.Tensor) -> None:
-        if len(self._keys) == self.keep:
-            chosen = keys < self._keys[-1]
-            x, keys = x[chosen.to(x.device)], keys[chosen]
-        keys = torch.cat([self._keys, keys])
-        rows = torch.cat([self.rows, x])
-        order = keys.argsort(stable=True)[: self.keep]
-        self._keys, self.rows = keys[order], rows[order.to(rows.device)]
+    def sample(self, x: Tensor, keys: Tensor) -> None:
+        """Keep those of x [n, in] whose keys are among the smallest so far."""
+        full = len(self.keys) == self.keep
+        candidates = (keys < self.keys.max()).nonzero()[:, 0] if full else torch.arange(len(keys))
+        if not len(candidates):
+            return
+        together = torch.cat([self.keys, keys[candidates]])
+        chosen = together.argsort(stable=True)[: self.keep]
+        stays = torch.zeros(len(together), dtype=torch.bool)
+        stays[chosen] = True
+        old = len(self.keys)
+        free = (~stays[:old]).nonzero()[:, 0]  # places of rows that are pushed out
+        new = candidates[stays[old:]]
+        rows = x[new.to(x.device)].float()
+        self.keys[free], self.kept[free.to(x.device)] = keys[new[: len(free)]], rows[: len(free)]
+        if len(new) > len(free):
+            self.keys = torch.cat([self.keys, keys[new[len(free) :]]])
+            self.kept = torch.cat([self.kept, rows[len(free) :]])
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    @property
+    def rows(self) -> Tensor:
+        """[n, in] f32 in the order of their keys: random, so that any part of them is a sample."""
+        return self.kept[self.keys.argsort(stable=True).to(self.kept.device)]
+
+    def tensors(self) -> dict[str, Tensor]:
         """absmax, mean_abs [in] f32; count [1] i64; rows [n, in] f32; gram [in, in] f32 if kept."""
         found = {
             "absmax": self.absmax,

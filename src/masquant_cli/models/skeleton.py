@@ -5,6 +5,7 @@ frequencies, sinusoids) are real from the start. Start at `load_skeleton`.
 """
 
 import contextlib
+import ctypes
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from masquant_cli.errors import RecipeError
 from masquant_cli.models import loading
 from masquant_cli.models.checkpoint import Checkpoint, open_checkpoint
 from masquant_cli.models.experts import unfuse
-from masquant_cli.models.families import Family, family_of
+from masquant_cli.models.families import Family, family_of, model_class
 from masquant_cli.models.resolve import resolve
+from masquant_cli.models.sites import layers_path
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,19 @@ class Skeleton:
             if any(not path or name == path or name.startswith(f"{path}.") for path in paths)
         ]
 
+    def names_outside_layers(self) -> list[str]:
+        """Parameters of all that runs before the first decoder layer (and of the last norm)."""
+        layers = f"{layers_path(self.model)}."
+        head = self.model.get_output_embeddings()
+        unused = {id(p) for p in head._parameters.values()} if head is not None else set()
+        words = self.model.get_input_embeddings()
+        unused -= {id(p) for p in words.parameters()}  # tied to the head
+        return [
+            name
+            for name, parameter in self.model.named_parameters()
+            if not name.startswith(layers) and id(parameter) not in unused
+        ]
+
     def nbytes(self, *paths: str) -> int:
         """What these submodules weigh once materialised."""
         sizes = {id(p): p.numel() * p.dtype.itemsize for p in map(self._get, self.names(*paths))}
@@ -70,26 +85,31 @@ class Skeleton:
     def materialised_names(self, names: Iterable[str]) -> Iterator[None]:
         """`materialised` for parameters by name."""
         put: list[tuple[dict, str, nn.Parameter]] = []
-        real: dict[int, nn.Parameter] = {}
         try:
-            for name in names:
-                owner, own = self._owner(name)
-                empty = owner[own]
-                if not empty.is_meta:
-                    continue
-                if id(empty) not in real:  # tied parameters stay one tensor
-                    tensor = self.checkpoint.read(name, empty.dtype).to(self.device)
-                    real[id(empty)] = nn.Parameter(tensor, requires_grad=False)
-                owner[own] = real[id(empty)]
-                put.append((owner, own, empty))
+            self._put(names, put)
             yield
         finally:
             for owner, own, empty in put:
                 owner[own] = empty
+            if put:
+                give_back_memory()
 
     def weight(self, name: str) -> Tensor:
         """The weight of a linear as stored, in fp32 on `device`: [out, in]."""
         return self.checkpoint.read(f"{name}.weight", torch.float32).to(self.device)
+
+    def _put(self, names: Iterable[str], put: list) -> None:
+        real: dict[int, nn.Parameter] = {}
+        for name in names:
+            owner, own = self._owner(name)
+            empty = owner[own]
+            if not empty.is_meta:
+                continue
+            if id(empty) not in real:  # tied parameters stay one tensor
+                tensor = self.checkpoint.read(name, empty.dtype).to(self.device)
+                real[id(empty)] = nn.Parameter(tensor, requires_grad=False)
+            owner[own] = real[id(empty)]
+            put.append((owner, own, empty))
 
     def _owner(self, name: str) -> tuple[dict[str, nn.Parameter], str]:
         path, _, own = name.rpartition(".")
@@ -98,6 +118,12 @@ class Skeleton:
     def _get(self, name: str) -> nn.Parameter:
         owner, own = self._owner(name)
         return owner[own]
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system; glibc keeps what lies below something that is in use."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def load_skeleton(spec: recipes.Model, device: str = "auto") -> Skeleton:
@@ -126,12 +152,12 @@ def build(config: transformers.PretrainedConfig, family: Family, dtype: torch.dt
 
     Buffers that no checkpoint holds are real, computed as `from_pretrained` computes them.
     """
-    model_class = getattr(transformers, family.model_class)
+    made = model_class(family)
     if family.subconfig and hasattr(config, family.subconfig):
         config = getattr(config, family.subconfig)
     try:
         with torch.device("meta"):
-            model = model_class._from_config(config, dtype=dtype)
+            model = made._from_config(config, dtype=dtype)
     except (AttributeError, ValueError, TypeError, KeyError) as error:
         raise RecipeError(
             f"Transformers cannot build {family.model_class}: {str(error).splitlines()[0]}",

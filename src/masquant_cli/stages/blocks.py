@@ -16,8 +16,9 @@ from torch import Tensor
 from masquant_cli import shards
 from masquant_cli.algo.block import Scales, modality_linear
 from masquant_cli.algo.linear import fake_quant_weight_ste
-from masquant_cli.data.inputs import encode
-from masquant_cli.models.capture import Batch, first_layer_inputs, run_layer
+from masquant_cli.data.inputs import encode, model_inputs
+from masquant_cli.models.capture import Batch, embed, layer_output
+from masquant_cli.models.experts import routed
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.sites import LayerSites
 from masquant_cli.stages.job import Job
@@ -25,15 +26,20 @@ from masquant_cli.stages.samples import same_samples
 
 
 class Blocks:
-    """Hands out the layers in order; `solved` is where smooth saves the scales of each."""
+    """Hands out the layers in order; `solved` is where smooth saves the scales of each.
+
+    A layer's weights are in memory until the next one is asked for, or `close` is called.
+    """
 
     def __init__(self, job: Job, solved: Path):
         self.job, self.solved = job, solved
         self.current: LayerBlock | None = None
+        self._weights = contextlib.ExitStack()
 
     def prepare(self) -> None:
         """Embed the samples, unless that was done."""
         if self.current is None:
+            _ = self._streams
             self.current = self._block(self.job.layers[0])
 
     def at(self, index: int) -> "LayerBlock":
@@ -44,43 +50,47 @@ class Blocks:
             self.current = self._block(self.job.layers[self.current.layer.layer + 1])
         return self.current
 
+    def close(self) -> None:
+        """Free the weights of the layer that is in memory."""
+        self._weights.close()
+
     def _advance(self, block: "LayerBlock") -> None:
         saved = shards.load(shards.layer_file(self.solved, block.layer.layer))
         scales = {s.key: saved[f"{s.key}.scale"].to(self._device) for s in block.layer.sites}
         for index, stream in enumerate(block.inputs):
             with torch.no_grad():
-                stream.quantized = block.run(index, scales)[None]
+                stream.quantized = block.run(index, scales)[None].to("cpu")
             stream.hidden = block.targets[index][None]
 
     @property
     def _device(self) -> torch.device:
-        return self.job.loaded.model.device
+        return self.job.float.device
 
     @cached_property
     def _streams(self) -> list["_Stream"]:
         """One sample at a time, in the order in which calibrate chose them: sources in turn."""
-        job = self.job
+        job, skeleton = self.job, self.job.float
         samples = same_samples(job).samples[: job.recipe.smoothing.samples]
-        tokens = token_ids_of(job.loaded.model.config)
-        first = job.loaded.model.get_submodule(job.layers[0].module)
+        tokens = token_ids_of(skeleton.config)
         job.progress.stage("embed", len(samples), "samples")
         found = []
-        for sample in samples:
-            inputs = encode(job.loaded.processor, [sample], for_generation=False)
-            inputs = {k: v.to(self._device) for k, v in inputs.items()}
-            ids = modality_ids(inputs["input_ids"], tokens, job.recipe.modalities)
-            batch = first_layer_inputs(job.loaded.model, first, inputs, ids)
-            found.append(_Stream(**vars(batch), quantized=batch.hidden))
-            job.progress.advance(1)
+        with skeleton.materialised_names(skeleton.names_outside_layers()):
+            for sample in samples:
+                inputs = encode(skeleton.processor, [sample], for_generation=False)
+                ids = modality_ids(inputs["input_ids"], tokens, job.recipe.modalities)
+                batch = embed(skeleton, model_inputs(skeleton.model, inputs), ids)
+                found.append(_Stream(**vars(batch), quantized=batch.hidden))
+                job.progress.advance(1)
         return found
 
     def _block(self, layer: LayerSites) -> "LayerBlock":
-        module = self.job.loaded.model.get_submodule(layer.module)
-        targets = []
-        for stream in self._streams:
-            forward = Batch(stream.hidden, stream.arguments, stream.ids, stream.real)
-            run_layer(module, forward)
-            targets.append(forward.hidden[0])
+        self._weights.close()
+        self._weights.enter_context(self.job.float.materialised(layer.module))
+        with torch.no_grad():
+            targets = [
+                layer_output(self.job.float, layer.layer, s.hidden.to(self._device), s)[0].cpu()
+                for s in self._streams
+            ]
         return LayerBlock(self.job, layer, self._streams, targets)
 
 
@@ -104,16 +114,15 @@ class LayerBlock:
         return len(self.inputs)
 
     def sample(self, index: int) -> tuple[Tensor, Tensor]:
-        batch = self.inputs[index]
-        return self.targets[index], batch.ids[0].masked_fill(~batch.real[0], -1)
+        device = self.job.float.device
+        return self.targets[index].to(device), self.inputs[index].marks[0].to(device)
 
     def run(self, index: int, scales: Scales) -> Tensor:
         batch = self.inputs[index]
         ids = self.sample(index)[1]
-        module = self.job.loaded.model.get_submodule(self.layer.module)
+        hidden = batch.quantized.to(ids.device)
         with _quantized(self.job, self.layer, scales, ids):
-            out = module(batch.quantized, **batch.arguments)
-        return (out[0] if isinstance(out, tuple) else out)[0]
+            return layer_output(self.job.float, self.layer.layer, hidden, batch)[0]
 
 
 @contextlib.contextmanager
@@ -126,15 +135,16 @@ def _quantized(job: Job, layer: LayerSites, scales: Scales, ids: Tensor) -> Iter
 
     replaced = []
     try:
-        for site in layer.sites:
+        for site in (site for site in layer.sites if site.key in scales):
             for name in site.linears:
-                linear = job.loaded.model.get_submodule(name)
+                linear = job.float.module(name)
 
-                def forward(x, linear=linear, scale=scales[site.key]):
-                    weight = linear.weight.detach().float()
-                    y = modality_linear(x[0].float(), ids, weight, scale, quantize, bits)
+                def forward(x, linear=linear, name=name, scale=scales[site.key]):
+                    weight, rows = linear.weight.detach().float(), x.flatten(0, -2).float()
+                    here = routed(job.float.model, name, ids)
+                    y = modality_linear(rows, here, weight, scale, quantize, bits)
                     y = y if linear.bias is None else y + linear.bias.detach().float()
-                    return y[None].to(x.dtype)
+                    return y.view(*x.shape[:-1], -1).to(x.dtype)
 
                 linear.forward = forward  # an instance attribute hides the method
                 replaced.append(linear)

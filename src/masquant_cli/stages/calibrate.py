@@ -1,27 +1,45 @@
 """calibrate: one pass over the calibration samples, statistics per layer, site and modality.
 
-Nothing here depends on the method, the bits or the rank, so changing those never repeats it.
+Nothing here depends on the method, the bits or the rank, so changing those never repeats it. The
+model's towers and embeddings are needed once, at the start; from then on memory is that of one
+decoder layer and of the hidden states, which go to disk where `resources.max_memory` asks for it.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from masquant_cli import shards
 from masquant_cli.algo.statistics import InputStatistics
+from masquant_cli.data.inputs import model_inputs
 from masquant_cli.data.samples import content_hashes
 from masquant_cli.errors import RecipeError
-from masquant_cli.models.capture import Batch, first_layer_inputs, run_layer, watch_sites
+from masquant_cli.models.capture import Batch, embed, run_layer, watch_sites
+from masquant_cli.models.experts import routed
+from masquant_cli.models.hidden import Store
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.sites import LayerSites, Site
-from masquant_cli.rundir import write_json
+from masquant_cli.rundir import disk_errors, write_json
+from masquant_cli.stages.coverage import coverage, keeps_gram, rows_kept
 from masquant_cli.stages.job import Job
+from masquant_cli.stages.memory import room_for_hidden
 from masquant_cli.stages.probes import save_probes
-from masquant_cli.stages.samples import CalibrationSet, batches, choose_samples
+from masquant_cli.stages.samples import (
+    CalibrationSet,
+    choose_samples,
+    encode_group,
+    groups,
+    row_keys,
+)
+
+SCRATCH = ".scratch"  # of the stage's folder: hidden states, while it runs
+Gathered = dict[tuple[str, str], InputStatistics]  # by a site's key and a modality
 
 
 def calibrate(job: Job, folder: Path, fingerprint: str) -> dict:
-    """Write `layers/NNN.safetensors` with, per site kind and modality:
+    """Write `layers/NNN.safetensors` with, per site key and modality:
 
     `{site}.{modality}.absmax`, `.mean_abs` [in] f32, `.count` [1] i64, `.rows` [n, in] f32 and
     `.gram` [in, in] f32 for the sites named in the recipe. Finished layers are kept. Also
@@ -29,7 +47,7 @@ def calibrate(job: Job, folder: Path, fingerprint: str) -> dict:
     Raises RecipeError when a modality got no tokens or activations are not finite.
     """
     progress, layers = job.progress, job.layers
-    chosen = choose_samples(job.recipe, job.loaded, progress)
+    chosen = choose_samples(job.recipe, job.float, progress)
     # Data on a hub may change between an interruption and its resumption.
     fingerprint = f"{fingerprint} {chosen.digest}"
     # Evaluation refuses rows that were calibrated on.
@@ -38,87 +56,167 @@ def calibrate(job: Job, folder: Path, fingerprint: str) -> dict:
     done = [shards.is_done(shards.layer_file(folder, x.layer), fingerprint) for x in layers]
     save_probes(job, chosen, folder, fingerprint)
     todo = len(layers) - next((i for i, d in enumerate(reversed(done)) if not d), len(layers))
-    if todo > 0:
-        work = _embed(job, chosen)
-        progress.stage("calibrate", len(layers), "layers")
-        for site_layer in layers[:todo]:
-            _layer(job, site_layer, work, folder, fingerprint, skip=done[site_layer.layer])
+    with disk_errors(folder), Store(folder / SCRATCH, room_for_hidden(job)) as store:
+        if todo > 0:
+            start = _resumed(store, fingerprint, done)
+            work = _embed(job, chosen, store, fresh=start == 0)
+            progress.stage("calibrate", len(layers), "layers")
+            progress.advance(start)
+            for layer in layers[start:todo]:
+                with job.float.materialised(layer.module):
+                    gathered = {} if done[layer.layer] else _fresh(job, layer)
+                    _advance(job, layer, work, store, gathered)
+                if gathered:
+                    _save(layer, gathered, job.recipe.modalities, folder, fingerprint)
+                gathered.clear()
+                _next_layer(store, work, layer.layer + 1, fingerprint)
+                progress.advance(1)
     return {
         "samples": len(chosen.samples),
         "tokens": chosen.tokens,
         "skipped_long": chosen.skipped_long,
         "data": chosen.digest,
+        **({"experts": experts} if (experts := coverage(job, folder)) else {}),
     }
 
 
-def _embed(job: Job, chosen: CalibrationSet) -> list[Batch]:
-    model, names = job.loaded.model, job.recipe.modalities
-    tokens = token_ids_of(model.config)
-    first = model.get_submodule(job.layers[0].module)
+def _embed(job: Job, chosen: CalibrationSet, store: Store, *, fresh: bool) -> list[Batch]:
+    """Every batch as it enters the first layer; its hidden states go to the store if `fresh`."""
+    skeleton, recipe = job.float, job.recipe
+    tokens = token_ids_of(skeleton.config)
     job.progress.stage("embed", len(chosen.samples), "samples")
     work = []
-    for inputs in batches(job.recipe, chosen, job.loaded.processor):
-        inputs = {k: v.to(model.device) for k, v in inputs.items()}
-        ids = modality_ids(inputs["input_ids"], tokens, names)
-        work.append(first_layer_inputs(model, first, inputs, ids))
-        job.progress.advance(len(ids), tokens=int(inputs["attention_mask"].sum()))
+    with skeleton.materialised_names(skeleton.names_outside_layers()):
+        for group in groups(recipe, chosen):
+            inputs = encode_group(chosen, group, skeleton.processor)
+            real = inputs["attention_mask"].bool()
+            ids = modality_ids(inputs["input_ids"], tokens, recipe.modalities)
+            keys = row_keys(recipe.seed, group, real)
+            batch = embed(skeleton, model_inputs(skeleton.model, inputs), ids, keys)
+            if fresh:
+                store.put(_hidden(len(work), 0), [batch.hidden])
+            store.put(_others(len(work)), batch.arguments.tensors)
+            batch.hidden, batch.arguments.tensors = None, []
+            work.append(batch)
+            job.progress.advance(len(group), tokens=int(real.sum()))
     return work
 
 
-def _layer(
-    job: Job, layer: LayerSites, work: list[Batch], folder: Path, fingerprint: str, *, skip: bool
+def _advance(
+    job: Job, layer: LayerSites, work: list[Batch], store: Store, gathered: Gathered
 ) -> None:
-    """Advance every batch through one layer; gather and write its statistics unless done."""
-    model, recipe = job.loaded.model, job.recipe
-    module = model.get_submodule(layer.module)
-    gathered = {} if skip else _fresh(job, layer)
+    """Take every batch through one layer and gather its statistics, unless `gathered` is empty."""
+    model, modalities = job.float.model, job.recipe.modalities
     current: list[Batch] = []
 
-    def see(site: Site, x: torch.Tensor) -> None:
-        ids, real = current[0].ids[current[0].real], current[0].real
-        seen = x[real]
-        for index, name in enumerate(recipe.modalities):
-            gathered[site.key, name].update(seen[ids == index])
+    def see(site: Site, x: Tensor) -> None:
+        batch = current[0]
+        marks = routed(model, site.linears[0], batch.marks).flatten()
+        keys = routed(model, site.linears[0], batch.keys).flatten()
+        x = x.detach().reshape(len(marks), -1)
+        for index, name in enumerate(modalities):
+            for part, part_keys in _of(marks == index, x, keys):
+                gathered[site.key, name].update(part, part_keys)
 
-    with watch_sites(model, () if skip else layer.sites, see):
-        for batch in work:
+    with watch_sites(model, layer.sites if gathered else (), see):
+        for index, batch in enumerate(work):
+            (batch.hidden,) = store.get(_hidden(index, layer.layer))
+            batch.arguments.tensors = store.get(_others(index))
             current[:] = [batch]
-            run_layer(module, batch)
+            run_layer(job.float, layer.layer, batch)
+            if not store.on_disk:
+                store.drop(_hidden(index, layer.layer))
+            store.put(_hidden(index, layer.layer + 1), [batch.hidden])
+            batch.hidden, batch.arguments.tensors = None, []
             job.progress.advance(0, tokens=int(batch.real.sum()))
-    if not skip:
-        tensors = {
-            f"{kind}.{name}.{key}": value
-            for (kind, name), statistics in gathered.items()
-            for key, value in statistics.tensors().items()
-        }
-        _refuse_not_finite(layer, gathered)
-        shards.save(
-            shards.layer_file(folder, layer.layer), tensors, fingerprint=fingerprint, notes={}
+
+
+def _of(here: Tensor, x: Tensor, keys: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens of x [n, in] that are `here`, without a copy where all or none are."""
+    count = int(here.sum())
+    if count == len(here):
+        yield x, keys
+    elif count:
+        index = here.nonzero()[:, 0]
+        yield x.index_select(0, index.to(x.device)), keys[index]
+
+
+def _save(
+    layer: LayerSites,
+    gathered: Gathered,
+    modalities: tuple[str, ...],
+    folder: Path,
+    fingerprint: str,
+) -> None:
+    """Write a layer's complete statistics."""
+    _refuse_not_finite(layer, gathered)
+    _refuse_unseen(layer, gathered, modalities)
+    tensors = {
+        f"{key}.{name}.{part}": value
+        for (key, name), statistics in gathered.items()
+        for part, value in statistics.tensors().items()
+    }
+    shards.save(shards.layer_file(folder, layer.layer), tensors, fingerprint=fingerprint, notes={})
+
+
+def _fresh(job: Job, layer: LayerSites) -> Gathered:
+    calibration = job.recipe.calibration
+    return {
+        (site.key, name): InputStatistics(
+            width=site.in_features,
+            keep=rows_kept(site, calibration),
+            with_gram=keeps_gram(site, calibration),
+            device=job.float.device,
         )
-    job.progress.advance(1)
+        for site in layer.sites
+        for name in job.recipe.modalities
+    }
 
 
-def _fresh(job: Job, layer: LayerSites) -> dict[tuple[str, str], InputStatistics]:
-    recipe = job.recipe
-    found = {}
-    for s, site in enumerate(layer.sites):
-        for m, name in enumerate(recipe.modalities):
-            seed = ((recipe.seed * 1009 + layer.layer) * 31 + s) * 17 + m
-            found[site.key, name] = InputStatistics(
-                width=site.in_features,
-                keep=recipe.calibration.rows,
-                with_gram=site.kind in recipe.calibration.gram,
-                generator=torch.Generator().manual_seed(seed),
-                device=job.loaded.model.device,
-            )
-    return found
+def _hidden(batch: int, layer: int) -> str:
+    return f"hidden-{batch}-{layer}"
 
 
-def _refuse_not_finite(layer: LayerSites, gathered: dict) -> None:
-    for (kind, name), statistics in gathered.items():
+def _others(batch: int) -> str:
+    return f"arguments-{batch}"
+
+
+def _next_layer(store: Store, work: list[Batch], layer: int, fingerprint: str) -> None:
+    """What enters `layer` is complete: what entered the one before it is no longer needed."""
+    store.checkpoint({"fingerprint": fingerprint, "layer": layer})
+    if store.on_disk:
+        for index in range(len(work)):
+            store.drop(_hidden(index, layer - 1))
+
+
+def _resumed(store: Store, fingerprint: str, done: list[bool]) -> int:
+    """The layer whose inputs an interrupted run left on disk; 0 where it left none."""
+    note = store.resume()
+    if note and note["fingerprint"] == fingerprint and all(done[: note["layer"]]):
+        return note["layer"]
+    store.clear()
+    store.on_disk = False
+    return 0
+
+
+def _refuse_not_finite(layer: LayerSites, gathered: Gathered) -> None:
+    for (key, name), statistics in gathered.items():
         if not bool(torch.isfinite(statistics.absmax).all()):
             raise RecipeError(
-                f"the {name} activations entering {kind} hold NaN or infinity",
+                f"the {name} activations entering {key} hold NaN or infinity",
                 where=f"layer {layer.layer}, {layer.module}",
                 hint="the float model overflows here: try model.dtype float32 or bfloat16",
             )
+
+
+def _refuse_unseen(layer: LayerSites, gathered: Gathered, modalities: tuple[str, ...]) -> None:
+    """An expert may see nothing of a modality; all experts of a layer may not."""
+    for kind in {site.kind for site in layer.sites}:
+        keys = [site.key for site in layer.sites if site.kind == kind]
+        for name in modalities:
+            if not any(gathered[key, name].count for key in keys):
+                raise RecipeError(
+                    f"no {name} token reached {kind}",
+                    where=f"layer {layer.layer}, {layer.module}",
+                    hint=f"give calibration more {name} samples: no expert saw one",
+                )

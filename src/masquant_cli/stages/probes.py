@@ -5,8 +5,6 @@ So verifying needs neither the calibration data nor the hub again.
 
 from pathlib import Path
 
-import torch
-
 from masquant_cli import shards
 from masquant_cli.data.chat import MEDIA, modality_of
 from masquant_cli.data.inputs import encode
@@ -14,9 +12,9 @@ from masquant_cli.data.samples import Sample
 from masquant_cli.errors import ArtifactError
 from masquant_cli.stages.job import Job
 from masquant_cli.stages.samples import CalibrationSet
+from masquant_cli.stages.walk import Probes, flatten, unflatten
 
 FILE = "probes.safetensors"
-Probes = dict[str, dict[str, torch.Tensor]]
 
 
 def save_probes(job: Job, chosen: CalibrationSet, folder: Path, fingerprint: str) -> None:
@@ -29,12 +27,11 @@ def save_probes(job: Job, chosen: CalibrationSet, folder: Path, fingerprint: str
         kind = "+".join(m for m in names[1:] if m in present) or names[0]
         found.setdefault(kind, sample)
     found.setdefault(names[0], _without_media(chosen.samples[order[0]]))
-    tensors = {
-        f"{kind}/{name}": tensor
+    probes = {
+        kind: encode(job.float.processor, [sample], for_generation=False)
         for kind, sample in sorted(found.items())
-        for name, tensor in encode(job.loaded.processor, [sample], for_generation=False).items()
     }
-    shards.save(folder / FILE, tensors, fingerprint=fingerprint, notes={})
+    shards.save(folder / FILE, flatten(probes), fingerprint=fingerprint, notes={})
 
 
 def load_probes(job: Job) -> Probes:
@@ -47,18 +44,6 @@ def load_probes(job: Job) -> Probes:
             hint="delete the stage's folder and run again",
         )
     return unflatten(shards.load(folder / FILE, sha256=manifest.outputs[FILE]))
-
-
-def unflatten(tensors: dict[str, torch.Tensor]) -> Probes:
-    probes: Probes = {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        probes.setdefault(kind, {})[name] = tensor
-    return probes
-
-
-def flatten(probes: Probes) -> dict[str, torch.Tensor]:
-    return {f"{k}/{n}": t.contiguous() for k, inputs in probes.items() for n, t in inputs.items()}
 
 
 def _without_media(sample: Sample) -> Sample:

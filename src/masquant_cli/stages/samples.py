@@ -2,17 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from masquant_cli.data.chat import kinds_of, modality_of
+from masquant_cli.data.chat import MEDIA, kinds_of, modality_of
 from masquant_cli.data.inputs import encode
 from masquant_cli.data.samples import Sample, load_samples
 from masquant_cli.errors import ArtifactError, RecipeError
-from masquant_cli.models.loading import Loaded
 from masquant_cli.models.modality import modality_ids, token_ids_of
+from masquant_cli.models.skeleton import Skeleton
 from masquant_cli.progress import Progress
 from masquant_cli.recipe import Recipe, Source
 
@@ -31,14 +32,14 @@ class CalibrationSet:
         return hashlib.sha256(json.dumps([s.key for s in self.samples]).encode()).hexdigest()
 
 
-def choose_samples(recipe: Recipe, loaded: Loaded, progress: Progress) -> CalibrationSet:
+def choose_samples(recipe: Recipe, model: Skeleton, progress: Progress) -> CalibrationSet:
     """Take samples from all sources in turn until every modality's token quota is met.
 
     A sample with media counts for its media alone; text-only samples fill the text quota. A
     source is read no further once all that it can fill is full.
     """
     names, quota = recipe.modalities, recipe.calibration.tokens
-    tokens = token_ids_of(loaded.model.config)
+    tokens = token_ids_of(model.config)
     got, filled = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     chosen, lengths, skipped = [], [], 0
 
@@ -47,7 +48,7 @@ def choose_samples(recipe: Recipe, loaded: Loaded, progress: Progress) -> Calibr
 
     progress.stage("choose samples", None, "samples")
     for sample in _interleave(recipe, wanted):
-        inputs = encode(loaded.processor, [sample], for_generation=False)
+        inputs = encode(model.processor, [sample], for_generation=False)
         ids = modality_ids(inputs["input_ids"], tokens, names)
         if ids.numel() > recipe.calibration.max_length:
             skipped += 1
@@ -71,7 +72,7 @@ def same_samples(job) -> CalibrationSet:
 
     Raises ArtifactError when the data are not what they were.
     """
-    chosen = choose_samples(job.recipe, job.loaded, job.progress)
+    chosen = choose_samples(job.recipe, job.float, job.progress)
     if "calibrate" in job.finished:
         folder, manifest = job.finished["calibrate"]
         if manifest.summary.get("data") != chosen.digest:
@@ -83,17 +84,38 @@ def same_samples(job) -> CalibrationSet:
     return chosen
 
 
-def batches(recipe: Recipe, chosen: CalibrationSet, processor) -> Iterator[dict[str, torch.Tensor]]:
-    """Encoded batches of similar length, at most `batch_tokens` padded tokens each."""
-    order = sorted(range(len(chosen.samples)), key=lambda i: (chosen.lengths[i], i))
-    group: list[int] = []
+def groups(recipe: Recipe, chosen: CalibrationSet) -> list[list[int]]:
+    """The samples of every batch: of the same media and of similar length, at most `batch_tokens`
+    padded tokens together. Formed once, however many processes share them."""
+
+    def media(i: int) -> tuple[bool, ...]:
+        return tuple(bool(chosen.samples[i].media(kind)) for kind in MEDIA)
+
+    order = sorted(range(len(chosen.samples)), key=lambda i: (media(i), chosen.lengths[i], i))
+    found: list[list[int]] = []
     for i in order:
-        if group and (len(group) + 1) * chosen.lengths[i] > recipe.calibration.batch_tokens:
-            yield encode(processor, [chosen.samples[j] for j in group], for_generation=False)
-            group = []
-        group.append(i)
-    if group:
-        yield encode(processor, [chosen.samples[j] for j in group], for_generation=False)
+        full = found and (len(found[-1]) + 1) * chosen.lengths[i] > recipe.calibration.batch_tokens
+        if not found or full or media(found[-1][0]) != media(i):
+            found.append([])
+        found[-1].append(i)
+    return found
+
+
+def encode_group(chosen: CalibrationSet, group: Sequence[int], processor) -> dict[str, Tensor]:
+    """The padded batch of these samples."""
+    return encode(processor, [chosen.samples[i] for i in group], for_generation=False)
+
+
+def row_keys(seed: int, group: Sequence[int], real: Tensor) -> Tensor:
+    """f64 [B, T]: every token's place in the order in which rows are sampled, drawn from the seed
+    and the sample's index alone; 1 for padding. real: bool [B, T], a row per sample of `group`."""
+    keys = torch.ones(real.shape, dtype=torch.float64)
+    for row, index in enumerate(group):
+        name = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(name, "little") >> 1)
+        count = int(real[row].sum())
+        keys[row, real[row]] = torch.rand(count, dtype=torch.float64, generator=generator)
+    return keys
 
 
 def _interleave(recipe: Recipe, wanted: Callable[[Iterable[str]], bool]) -> Iterator[Sample]:

@@ -1,6 +1,7 @@
 """How much the model's own loss feels an error in each modality's tokens, layer by layer (MBQ).
 
-One backward pass per sample over the float model; only the activations' gradients are taken.
+One backward pass per sample over the float model; only the activations' gradients are taken. The
+whole model is in memory for it: a gradient crosses all layers.
 """
 
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from masquant_cli.data.inputs import encode_scored, model_inputs
-from masquant_cli.errors import RecipeError
+from masquant_cli.errors import EnvironmentProblem, RecipeError
 from masquant_cli.models.modality import modality_ids, token_ids_of
+from masquant_cli.models.sites import LayerSites
 from masquant_cli.stages.job import Job
+from masquant_cli.stages.memory import machine_memory, resident
 from masquant_cli.stages.samples import same_samples
 
 # The output that stands for a site: of the attention block, and of the MLP.
@@ -35,35 +38,49 @@ class Sensitivity:
         _ = self._ratios
 
     def of(self, layer: int) -> dict[str, Tensor]:
-        """By site kind, f32 [M]; the base is 1."""
+        """By site key, f32 [M]; the base is 1."""
         least = {kind: torch.stack(felt).median(0).values for kind, felt in self._ratios.items()}
         found = {
             kind: torch.maximum(felt[layer], least[kind]) for kind, felt in self._ratios.items()
         }
-        return {kind: found[STANDS_FOR.get(kind, kind)] for kind in self._kinds}
-
-    @property
-    def _kinds(self) -> list[str]:
-        return [site.kind for site in self.job.layers[0].sites]
+        sites = self.job.layers[layer].sites
+        return {site.key: found[STANDS_FOR.get(site.kind, site.kind)] for site in sites}
 
     @cached_property
     def _ratios(self) -> dict[str, list[Tensor]]:
         job = self.job
         names = job.recipe.modalities
         samples = same_samples(job).samples[: job.recipe.smoothing.samples]
-        watched = [kind for kind in self._kinds if kind not in STANDS_FOR]
+        watched = sorted(set(STANDS_FOR.values()))
         sums = {kind: torch.zeros(len(job.layers), len(names), 2) for kind in watched}
-        model, tokens = job.loaded.model, token_ids_of(job.loaded.model.config)
+        skeleton, tokens = job.float, token_ids_of(job.float.config)
         job.progress.stage("gradients", len(samples), "samples")
-        for sample in samples:
-            batch, scored = encode_scored(job.loaded.processor, [sample])
-            ids = modality_ids(batch["input_ids"], tokens, names)
-            ids[(ids == 0) & ~scored] = -1  # text counts where the loss is taken
-            ids[~batch["attention_mask"].bool()] = -1
-            with _gradients(job, sums, ids.to(model.device)):
-                _loss(model, batch, scored).backward()
-            job.progress.advance(1, tokens=batch["input_ids"].numel())
+        with _whole(job):
+            for sample in samples:
+                batch, scored = encode_scored(skeleton.processor, [sample])
+                ids = modality_ids(batch["input_ids"], tokens, names)
+                ids[(ids == 0) & ~scored] = -1  # text counts where the loss is taken
+                ids[~batch["attention_mask"].bool()] = -1
+                with _gradients(job, sums, ids.to(skeleton.device)):
+                    _loss(skeleton.model, batch, scored).backward()
+                job.progress.advance(1, tokens=batch["input_ids"].numel())
         return {kind: [_relative(kind, one) for one in found] for kind, found in sums.items()}
+
+
+@contextmanager
+def _whole(job: Job) -> Iterator[None]:
+    """While open, all weights are in memory."""
+    needed, limit = job.float.nbytes(""), job.recipe.resources.max_bytes or machine_memory()
+    free = limit - resident()
+    if needed > free and job.float.device.type == "cpu":
+        raise EnvironmentProblem(
+            f"method {job.recipe.method} takes gradients through the whole model: "
+            f"{needed / 1e9:.1f} GB of weights, and {free / 1e9:.1f} GB are free",
+            where="method",
+            hint="use a machine with more memory, or a method without gradients (masquant-joint)",
+        )
+    with job.float.materialised(""):
+        yield
 
 
 def _relative(kind: str, sums: Tensor) -> Tensor:
@@ -85,10 +102,17 @@ def _loss(model: nn.Module, batch: dict[str, Tensor], scored: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[at].float(), inputs["input_ids"][:, 1:][at])
 
 
+def _block_output(layer: LayerSites, kind: str) -> str:
+    """The module whose output is that of the site's block; of experts, of all of them."""
+    site = next(site for site in layer.sites if site.kind == kind)
+    name = site.linears[0]
+    return name if site.expert is None else name.rsplit(".", 2)[0]
+
+
 @contextmanager
 def _gradients(job: Job, sums: dict[str, Tensor], ids: Tensor) -> Iterator[None]:
     """While open, backward passes add |gradient| means per token to `sums[kind][layer]`."""
-    model, handles = job.loaded.model, []
+    model, handles = job.float.model, []
 
     def start(_module, args, kwargs):  # the graph begins at the first decoder layer
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -99,7 +123,7 @@ def _gradients(job: Job, sums: dict[str, Tensor], ids: Tensor) -> Iterator[None]
 
     def watch(kind: str, layer: int):
         def add(gradient: Tensor) -> None:
-            felt = gradient.float().abs().mean(-1)
+            felt = gradient.float().abs().mean(-1).view_as(ids)
             for m in range(sums[kind].shape[1]):
                 here = felt[ids == m]
                 sums[kind][layer, m] += torch.tensor([float(here.sum()), here.numel()])
@@ -111,7 +135,7 @@ def _gradients(job: Job, sums: dict[str, Tensor], ids: Tensor) -> Iterator[None]
         handles.append(first.register_forward_pre_hook(start, with_kwargs=True))
         for layer in job.layers:
             for kind in sums:
-                module = model.get_submodule(layer[kind].linears[0])
+                module = model.get_submodule(_block_output(layer, kind))
                 handles.append(module.register_forward_hook(watch(kind, layer.layer)))
         with torch.enable_grad():
             yield

@@ -1,0 +1,66 @@
+"""How much memory calibration may use for hidden states: what its other needs leave."""
+
+import os
+from pathlib import Path
+
+from masquant_cli.models.skeleton import Skeleton
+from masquant_cli.stages.job import Job
+
+SPARE = 0.1  # of the limit, for what is not counted
+SCORES = 64 << 20  # bytes of attention's own blocks and of temporaries
+
+
+def room_for_hidden(job: Job) -> int:
+    """Bytes: the limit less this process as it is now, and less the larger of what embedding and
+    what one decoder layer take. At least 0, which puts all on disk."""
+    limit = job.recipe.resources.max_bytes or machine_memory()
+    layer = max(layer_bytes(job, i) for i in {0, len(job.layers) // 2, len(job.layers) - 1})
+    heaviest = max(embedding_bytes(job.float), layer) if job.float.device.type == "cpu" else 0
+    return max(0, int(limit * (1 - SPARE)) - resident() - heaviest)
+
+
+def embedding_bytes(skeleton: Skeleton) -> int:
+    """Weights of all that runs before the first decoder layer."""
+    names = skeleton.names_outside_layers()
+    return sum(skeleton.nbytes(name) for name in names)
+
+
+def layer_bytes(job: Job, index: int) -> int:
+    """One decoder layer: its weights, its statistics, and the activations of a batch."""
+    calibration, modalities = job.recipe.calibration, len(job.recipe.modalities)
+    layer, skeleton = job.layers[index], job.float
+    statistics = sum(
+        4 * modalities * site.in_features
+        * (calibration.rows + (site.in_features if site.kind in calibration.gram else 0))
+        for site in layer.sites if site.expert is None
+    )  # fmt: skip
+    widths = sum(s.in_features + sum(s.out_features) for s in layer.sites if s.expert is None)
+    activations = calibration.batch_tokens * skeleton.dtype.itemsize * widths
+    return skeleton.nbytes(layer.module) + statistics + activations + SCORES
+
+
+def machine_memory() -> int:
+    """Bytes that this process may use: free memory now, and the limit of its control group."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    for line in _lines("/sys/fs/cgroup/memory.max"):
+        if line.isdigit():
+            free = min(free, int(line))
+    return free + resident()
+
+
+def resident() -> int:
+    """Bytes of this process in memory; 0 where the system does not tell."""
+    for line in _lines("/proc/self/status"):
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
