@@ -5,9 +5,9 @@ under its name on disk. Memory is that of one site. Everything else in the folde
 tokenizer, templates) is carried along.
 """
 
-import contextlib
 import json
 import shutil
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from masquant_cli.errors import EnvironmentProblem
@@ -21,7 +21,7 @@ from masquant_cli.shard_writer import new_shard
 from masquant_cli.stages.card import write_card
 from masquant_cli.stages.job import Job
 from masquant_cli.stages.layout import Layout, lay_out, pieces
-from masquant_cli.stages.verify import verify
+from masquant_cli.stages.verify import fresh_process, verify
 
 # Not carried: weights in any format, and files that describe the float model.
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -43,21 +43,23 @@ def export(job: Job, folder: Path, fingerprint: str) -> dict:
         "quantized": layout.packed_nbytes,
         "total": layout.nbytes,
     }
-    carried = _carried(job.float.path)
     if final.exists():  # of another recipe: neither lost nor taken for the new one
         shutil.rmtree(previous, ignore_errors=True)
         final.rename(previous)
+    carried = _carried(job.float.path)
     with disk_errors(folder):
         partial.mkdir(parents=True)
         _refuse_small_disk(folder, layout.nbytes + sum(p.stat().st_size for p in carried))
-        _write_weights(job, layout, partial)
-        _write_config(job, config, partial)
-        for path in carried:
-            copy = partial / path.relative_to(job.float.path)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-        write_card(job, partial, sizes)
-    checked = verify(job, partial) if job.recipe.export.verify else None
+    with fresh_process(job) if job.recipe.export.verify else nullcontext() as process:
+        with disk_errors(folder):
+            _write_weights(job, layout, partial)
+            _write_config(job, config, partial)
+            for path in carried:
+                copy = partial / path.relative_to(job.float.path)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+            write_card(job, partial, sizes)
+        checked = verify(job, partial, process) if process else None
     partial.rename(final)
     shutil.rmtree(previous, ignore_errors=True)
     return {
@@ -96,7 +98,7 @@ def _refuse_small_disk(folder: Path, needed: int) -> None:
 def _write_weights(job: Job, layout: Layout, folder: Path) -> None:
     """Fill all files at once, so that a site is packed once wherever its linears lie."""
     job.progress.stage("export", len(job.layers), "layers")
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         shards = {
             file: stack.enter_context(new_shard(folder / file, entries))
             for file, entries in layout.files.items()

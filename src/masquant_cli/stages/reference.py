@@ -5,57 +5,58 @@ against it.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from masquant_kernels.quantizers import quantize_weight
+from torch import Tensor
 
 from masquant_cli.algo.linear import compensated_linear
-from masquant_cli.models.modality import modality_ids, token_ids_of
+from masquant_cli.models.capture import Batch, run_layer
+from masquant_cli.models.experts import routed
 from masquant_cli.models.sites import Site
+from masquant_cli.models.skeleton import Skeleton
 from masquant_cli.stages.job import Job
-from masquant_cli.stages.probes import Probes
+from masquant_cli.stages.walk import Probes, walk
 
 
-@torch.no_grad()
-def reference_logits(job: Job, probes: Probes) -> dict[str, torch.Tensor]:
-    """Logits [B, T, vocabulary] f32 of the solved model for every encoded batch, by its kind."""
-    model = job.loaded.model
-    tokens = token_ids_of(model.config)
-    logits = {}
-    with _fake_quantized(job) as now:
-        for kind, inputs in probes.items():
-            inputs = {k: v.to(model.device) for k, v in inputs.items()}
-            now.ids = modality_ids(inputs["input_ids"], tokens, job.recipe.modalities)
-            logits[kind] = model(**inputs, use_cache=False).logits.float().cpu()
-    return logits
+def reference_logits(
+    job: Job, skeleton: Skeleton, probes: Probes, ids: Mapping[str, Tensor],
+    positions: Mapping[str, Tensor],
+) -> dict[str, Tensor]:  # fmt: skip
+    """Logits f32 [k, vocabulary] of the solved model at `positions` of every probe, by its kind.
+
+    `skeleton` is the float model in fp32; ids and positions as in `walk`. One decoder layer is in
+    memory at a time.
+    """
+
+    def run(index: int, work: list[Batch]) -> None:
+        layer = job.layers[index]
+        scales, low_rank = job.read("smooth", index), job.read("compensate", index)
+        with skeleton.materialised(layer.module), contextlib.ExitStack() as stack:
+            now = _Now()
+            for site in layer.sites:
+                stack.enter_context(_replaced(job, skeleton, site, scales, low_rank, now))
+            for batch in work:
+                now.ids = batch.ids.to(skeleton.device)
+                run_layer(skeleton, index, batch)
+
+    return walk(skeleton, probes, ids, positions, run)
 
 
 @dataclass
 class _Now:
-    """The modalities of the batch that is running."""
+    """The modalities of the batch that is running: int64 [B, T]."""
 
-    ids: torch.Tensor | None = None
+    ids: Tensor | None = None
 
 
 @contextlib.contextmanager
-def _fake_quantized(job: Job) -> Iterator[_Now]:
-    now, handles = _Now(), []
-    try:
-        for layer in job.layers:
-            scales = job.read("smooth", layer.layer)
-            low_rank = job.read("compensate", layer.layer)
-            for site in layer.sites:
-                handles += _replace(job, site, scales, low_rank, now)
-        yield now
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _replace(job: Job, site: Site, scales: dict, low_rank: dict, now: _Now) -> list:
-    recipe, device = job.recipe, job.loaded.model.device
+def _replaced(
+    job: Job, skeleton: Skeleton, site: Site, scales: dict, low_rank: dict, now: _Now
+) -> Iterator[None]:
+    """The site's linears give eq. 29 in place of their own output."""
+    recipe, device = job.recipe, skeleton.device
     scale = scales[f"{site.key}.scale"].to(device)
     options = recipe.weights
     pairs = {
@@ -65,7 +66,7 @@ def _replace(job: Job, site: Site, scales: dict, low_rank: dict, now: _Now) -> l
     }
     handles, start = [], 0
     for name, out in zip(site.linears, site.out_features, strict=True):
-        module = job.loaded.model.get_submodule(name)
+        module = skeleton.module(name)
         base = quantize_weight(
             module.weight.detach().float() * scale[0],
             options.bits,
@@ -80,11 +81,16 @@ def _replace(job: Job, site: Site, scales: dict, low_rank: dict, now: _Now) -> l
         }
         start += out
 
-        def hook(module, args, output, base=base, mine=mine):
+        def hook(module, args, output, name=name, base=base, mine=mine):
+            here = routed(skeleton.model, name, now.ids)
             y = compensated_linear(
-                args[0], now.ids, base, scale, recipe.activations.bits, mine, module.bias
+                args[0], here, base, scale, recipe.activations.bits, mine, module.bias
             )
             return y.to(output.dtype)
 
         handles.append(module.register_forward_hook(hook))
-    return handles
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -8,68 +8,88 @@ rounded the other way moves its token by a percent. Kernels have tests of their 
 
 import contextlib
 import errno
+import inspect
+import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from masquant_kernels import dispatch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from masquant_cli.errors import CheckError, EnvironmentProblem
+from masquant_cli.models.checkpoint import open_checkpoint, read_headers
+from masquant_cli.models.modality import modality_ids, token_ids_of
+from masquant_cli.models.skeleton import Skeleton, build, give_back_memory
 from masquant_cli.rundir import disk_errors
+from masquant_cli.runtime.pack import SUFFIXES
 from masquant_cli.stages.job import Job
-from masquant_cli.stages.probes import flatten, load_probes, unflatten
+from masquant_cli.stages.memory import machine_memory
+from masquant_cli.stages.probes import load_probes
 from masquant_cli.stages.reference import reference_logits
+from masquant_cli.stages.walk import IDS, POSITIONS, Probes, flatten
+
+COMPARED = 64  # tokens per probe whose logits are compared, at most
+# Bytes in fp32 up to which the export is loaded as a whole; beyond, layer by layer.
+WHOLE = 2_000_000_000
+# A child must not take itself for one of the ranks.
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def verify(job: Job, folder: Path) -> dict[str, float]:
+@contextlib.contextmanager
+def fresh_process(job: Job) -> Iterator[subprocess.Popen]:
+    """A process that is about to be asked; what it imports takes long, so it starts early."""
+    command = [sys.executable, "-m", "masquant_cli.stages.fresh", job.float.family.model_type]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={key: value for key, value in os.environ.items() if key not in RANKS},
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def verify(job: Job, folder: Path, process: subprocess.Popen) -> dict[str, float]:
     """Relative logit error, ||y - y_ref|| / ||y_ref||, per kind of input.
 
+    Over `COMPARED` tokens of each, chosen by the recipe's seed. `process` is a `fresh_process`.
     Raises CheckError when one exceeds the recipe's tolerance or the folder does not load.
     """
     probes = load_probes(job)
     job.progress.stage("verify", len(probes), "inputs")
-    with _in_fp32(job.loaded.model):
-        reference = reference_logits(job, probes)
+    tokens, modalities = token_ids_of(job.float.config), job.recipe.modalities
+    ids = {k: modality_ids(p["input_ids"], tokens, modalities) for k, p in probes.items()}
+    positions = {k: _positions(p["attention_mask"], job.recipe.seed) for k, p in probes.items()}
+    skeleton = in_fp32(job.float)
+    probes = {kind: _given(skeleton, inputs) for kind, inputs in probes.items()}
     with tempfile.TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
-        asked, answered = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
-        save_file(flatten(probes), asked)
-        command = [sys.executable, "-m", "masquant_cli.stages.verify"]
-        model = job.loaded.model
-        command += [str(folder), str(asked), str(answered), str(model.device)]
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()  # the child needs room on the same card
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
-            if "no space left" in reason.lower():
-                raise OSError(errno.ENOSPC, reason)
-            if result.returncode == -signal.SIGKILL or "out of memory" in reason.lower():
-                raise EnvironmentProblem(
-                    "there is too little memory to verify the export in a second process",
-                    where=str(folder),
-                    hint="free memory and run again, or set export.verify=false",
-                )
-            raise CheckError(
-                f"the exported folder does not load in a fresh process: {reason}",
-                where=str(folder),
-                hint="the folder is kept under this name for inspection",
-            )
-        logits = load_file(answered)
-    tolerance, errors = job.recipe.export.tolerance, {}
+        kept = Path(scratch) / "reference.safetensors"
+        save_file(reference_logits(job, skeleton, probes, ids, positions), kept)
+        asked = {
+            kind: {**inputs, IDS: ids[kind], POSITIONS: positions[kind]}
+            for kind, inputs in probes.items()
+        }
+        logits = _ask(job, process, folder, asked, Path(scratch))
+        reference = load_file(kept)
+    errors = {}
     for kind, expected in reference.items():
-        real = probes[kind]["attention_mask"].bool()
-        found, expected = logits[kind][real], expected[real]
-        errors[kind] = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-        if not errors[kind] <= tolerance:
+        error = float((logits[kind] - expected).norm() / expected.norm().clamp_min(1e-30))
+        errors[kind] = error
+        if not error <= job.recipe.export.tolerance:
             raise CheckError(
-                f"reloaded logits differ from the reference by {errors[kind]:.2e} relative "
-                f"({kind} input, tolerance {tolerance:g})",
+                f"reloaded logits differ from the reference by {error:.2e} relative "
+                f"({kind} input, tolerance {job.recipe.export.tolerance:g})",
                 where=str(folder),
                 hint="the folder is kept under this name for inspection; please report this",
             )
@@ -77,31 +97,78 @@ def verify(job: Job, folder: Path) -> dict[str, float]:
     return errors
 
 
-@contextlib.contextmanager
-def _in_fp32(model: torch.nn.Module) -> Iterator[None]:
-    """Cast a model's floats to fp32, and back to what each was: exact both ways."""
-    tensors = [t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()]
-    dtypes = [tensor.dtype for tensor in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.float()
-        yield
-    finally:
-        for tensor, dtype in zip(tensors, dtypes, strict=True):
-            tensor.data = tensor.data.to(dtype)
+def in_fp32(skeleton: Skeleton) -> Skeleton:
+    """The same model, computing in fp32."""
+    if skeleton.dtype == torch.float32:
+        return skeleton
+    model = build(skeleton.config, skeleton.family, torch.float32)
+    checkpoint = open_checkpoint(skeleton.path, model, skeleton.family)
+    for name, buffer in list(model.named_buffers()):
+        path, _, own = name.rpartition(".")
+        kept = checkpoint.read(name, buffer.dtype) if name in checkpoint.stored else buffer
+        model.get_submodule(path)._buffers[own] = kept.to(skeleton.device)
+    return replace(skeleton, model=model, checkpoint=checkpoint, dtype=torch.float32)
 
 
-def _answer(folder: str, asked: str, answered: str, device: str) -> None:
-    from masquant_cli import load_quantized
+def fits(folder: Path, tokens: int, limit: int | None) -> bool:
+    """Whether the exported folder may be loaded as a whole: in fp32, with the logits of the longest
+    probe and its files (which are mapped), it stays below WHOLE and below half of the memory."""
+    stored = read_headers(folder).values()
+    weights = sum(s.nbytes if s.key.endswith(SUFFIXES) else 4 * s.numel for s in stored)
+    files = sum(s.nbytes for s in stored)
+    vocabulary = max((s.shape[0] for s in stored if len(s.shape) == 2), default=0)
+    needed = weights + files + 8 * tokens * vocabulary
+    return needed <= min(WHOLE, (limit or machine_memory()) // 2)
 
-    model = load_quantized(folder, dtype=torch.float32).to(device)
-    logits = {}
-    with torch.no_grad(), dispatch.force("reference"):
-        for kind, inputs in unflatten(load_file(asked)).items():
-            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-            logits[kind] = model(**inputs, use_cache=False).logits.float().cpu().contiguous()
-    save_file(logits, answered)
+
+def _given(skeleton: Skeleton, probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the model is called with: kinds of tokens only where it knows them."""
+    known = inspect.signature(skeleton.model.forward).parameters
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in probe.items()
+        if name in known or not name.endswith("token_type_ids")
+    }
 
 
-if __name__ == "__main__":
-    _answer(*sys.argv[1:])
+def _positions(mask: Tensor, seed: int) -> Tensor:
+    """int64 [k], ascending: at most COMPARED of the real tokens of a mask [B, T]."""
+    real = mask.flatten().nonzero()[:, 0]
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
+    return real[order[:COMPARED]].sort().values
+
+
+def _ask(
+    job: Job, process: subprocess.Popen, folder: Path, asked: Probes, scratch: Path
+) -> dict[str, Tensor]:
+    paths = [folder, scratch / "inputs.safetensors", scratch / "logits.safetensors"]
+    save_file(flatten(asked), paths[1])
+    longest = max(inputs["input_ids"].numel() for inputs in asked.values())
+    request = {
+        "paths": list(map(str, paths)),
+        "device": str(job.float.device),
+        "whole": fits(folder, longest, job.recipe.resources.max_bytes),
+    }
+    give_back_memory()  # the child needs it
+    if job.float.device.type == "cuda":
+        torch.cuda.empty_cache()
+    with contextlib.suppress(BrokenPipeError):  # it ended already, and has said why
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+    said = process.stderr.read()
+    if process.wait() == 0:
+        return load_file(paths[2])
+    reason = (said.strip().splitlines() or ["no output"])[-1]
+    if "no space left" in reason.lower():
+        raise OSError(errno.ENOSPC, reason)
+    if process.returncode == -signal.SIGKILL or "out of memory" in reason.lower():
+        raise EnvironmentProblem(
+            "there is too little memory to verify the export in a second process",
+            where=str(folder),
+            hint="free memory and run again, or set export.verify=false",
+        )
+    raise CheckError(
+        f"the exported folder does not load in a fresh process: {reason}",
+        where=str(folder),
+        hint="the folder is kept under this name for inspection",
+    )
