@@ -20,7 +20,7 @@ PLAIN = "mlp_out"
 
 def solve(layer: Layer) -> dict[str, Learned]:
     scales = {kind: eq12(site) for kind, site in layer.sites.items()}
-    plain = {PLAIN: torch.ones_like(scales.pop(PLAIN))}
+    plain = {k: torch.ones_like(scales.pop(k)) for k in list(scales) if k.startswith(PLAIN)}
     weights = [VISION if name in ("vision", "video") else OTHERS for name in layer.modalities]
     block = layer.block()
     learned = {kind: scale.clone().requires_grad_(True) for kind, scale in scales.items()}
@@ -36,7 +36,7 @@ def solve(layer: Layer) -> dict[str, Learned]:
             optimizer.step()
     found = {kind: scale.detach().abs().clamp_min(SMALLEST) for kind, scale in learned.items()}
     return {
-        kind: judged(site, {**found, **plain}[kind], "1" if kind == PLAIN else "layer MAE")
+        kind: judged(site, {**found, **plain}[kind], "1" if kind in plain else "layer MAE")
         for kind, site in layer.sites.items()
     }
 

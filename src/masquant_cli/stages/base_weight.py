@@ -26,7 +26,7 @@ def base_weight(
     """
     smoothed, form = problem.weight * scale[0], _form(job.recipe.weights)
     tried = {"nearest": quantize_weight(smoothed, *form)}
-    if job.rounding == "gptq":
+    if job.rounding == "gptq" and any(problem.tokens):
         for share in SHARES if problem.rank else SHARES[:1]:
             gram = pooled_gram(job, site, problem, scale, statistics, share)
             tried[f"gptq, others {share:g}"] = gptq_round(smoothed, gram, *form)

@@ -60,7 +60,7 @@ def _site(
     tensors: dict[str, torch.Tensor],
     notes: dict[str, dict],
 ) -> None:
-    recipe, device = job.recipe, job.loaded.model.device
+    recipe, device = job.recipe, job.float.device
     nearest = job.rounding == "nearest"
     if nearest and not job.rank(site):
         return
@@ -73,6 +73,8 @@ def _site(
         return
     weight, base, options = problem.weight, dequantize_weight(rounded), recipe.weights
     for m, name in enumerate(recipe.modalities[1:], start=1):
+        if not problem.tokens[m]:  # an expert that no such token reached: nothing to go by
+            continue
         key = f"{site.key}.{name}"
         reached = weight * scale[m]
         if recipe.compensation.target == "quantized":

@@ -2,16 +2,18 @@
 
 import functools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from masquant_cli import shards
-from masquant_cli.algo.site import SiteProblem
+from masquant_cli.algo.site import Learned, SiteProblem
 from masquant_cli.methods import find
 from masquant_cli.methods.method import Layer
 from masquant_cli.models.sites import LayerSites, Site
 from masquant_cli.stages.blocks import Blocks
+from masquant_cli.stages.coverage import stand_ins
 from masquant_cli.stages.job import Job
 from masquant_cli.stages.sensitivity import Sensitivity
 
@@ -34,18 +36,45 @@ def smooth(job: Job, folder: Path, fingerprint: str) -> dict:
     sqnr: dict[str, list[float]] = {m: [] for m in recipe.modalities}
     for layer, path in zip(job.layers, files, strict=True):
         if not shards.is_done(path, fingerprint):
-            solved = method.solve(_problem(job, layer, **asked))
-            tensors = {f"{kind}.scale": found.scale for kind, found in solved.items()}
+            solved = _solve(job, layer, **asked)
+            tensors = {f"{key}.scale": found.scale for key, found in solved.items()}
             notes = {
-                kind: {"origin": found.origin, "heldout_sqnr_db": [_db(e) for e in found.error]}
-                for kind, found in solved.items()
+                key: {"origin": found.origin, "heldout_sqnr_db": [_db(e) for e in found.error]}
+                for key, found in solved.items()
             }
             shards.save(path, tensors, fingerprint=fingerprint, notes=notes)
         for note in shards.read_header(path)["notes"].values():
             for m, value in zip(recipe.modalities, note["heldout_sqnr_db"], strict=True):
-                sqnr[m].append(value)
+                if value is not None:
+                    sqnr[m].append(value)
         job.progress.advance(1)
-    return {"heldout_sqnr_db": {m: round(sum(v) / len(v), 2) for m, v in sqnr.items()}}
+    asked["block"].close()
+    return {"heldout_sqnr_db": {m: round(sum(v) / len(v), 2) for m, v in sqnr.items() if v}}
+
+
+def _solve(
+    job: Job, layer: LayerSites, sensitivity: Sensitivity, block: Blocks
+) -> dict[str, Learned]:
+    """The scales [M, in] of the layer's sites by the recipe's method.
+
+    Of an expert that too few tokens of a modality reached, that modality's scale is another's
+    (stand_ins); of one that no token reached, scales are one.
+    """
+    problem = _problem(job, layer, sensitivity, block)
+    seen = {key: site for key, site in problem.sites.items() if any(site.tokens)}
+    solved = find(job.recipe.method).solve(replace(problem, sites=seen))
+    found: dict[str, Learned] = {}
+    for site in layer.sites:
+        tokens = problem.sites[site.key].tokens
+        if site.key in solved:
+            one = solved[site.key]
+            errors = tuple(e if n else None for e, n in zip(one.error, tokens, strict=True))
+            scale = one.scale[stand_ins(site, tokens)]
+            found[site.key] = replace(one, scale=scale, error=errors)
+        else:
+            ones = torch.ones_like(problem.sites[site.key].absmax)
+            found[site.key] = Learned(ones, (None,) * len(tokens), "no tokens")
+    return found
 
 
 def _problem(job: Job, layer: LayerSites, sensitivity: Sensitivity, block: Blocks) -> Layer:
@@ -64,7 +93,7 @@ def _problem(job: Job, layer: LayerSites, sensitivity: Sensitivity, block: Block
 def site_problem(job: Job, site: Site, statistics: dict[str, torch.Tensor]) -> SiteProblem:
     """The site's weight and statistics as the pure functions want them."""
     recipe = job.recipe
-    device = job.loaded.model.device
+    device = job.float.device
     rows, heldout, absmax, mean_abs, tokens = [], [], [], [], []
     for name in recipe.modalities:
         sample = statistics[f"{site.key}.{name}.rows"].to(device)
@@ -75,13 +104,14 @@ def site_problem(job: Job, site: Site, statistics: dict[str, torch.Tensor]) -> S
         absmax.append(statistics[f"{site.key}.{name}.absmax"].to(device))
         mean_abs.append(statistics[f"{site.key}.{name}.mean_abs"].to(device))
         tokens.append(int(statistics[f"{site.key}.{name}.count"]))
+    known = stand_ins(site, tokens)
     weights = recipe.smoothing.loss_weights
     return SiteProblem(
         weight=job.weight(site),
         rows=tuple(rows),
         heldout=tuple(heldout),
-        absmax=torch.stack(absmax),
-        mean_abs=torch.stack(mean_abs),
+        absmax=torch.stack(absmax)[known],
+        mean_abs=torch.stack(mean_abs)[known],
         tokens=tuple(tokens),
         weight_bits=recipe.weights.bits,
         group_size=recipe.weights.group_size,
@@ -92,5 +122,5 @@ def site_problem(job: Job, site: Site, statistics: dict[str, torch.Tensor]) -> S
     )
 
 
-def _db(error: float) -> float:
-    return round(-10 * math.log10(max(error, 1e-30)), 3)
+def _db(error: float | None) -> float | None:
+    return None if error is None else round(-10 * math.log10(max(error, 1e-30)), 3)
