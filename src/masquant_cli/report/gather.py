@@ -94,15 +94,27 @@ class Run:
 
     @cached_property
     def absmax(self) -> dict[Site, torch.Tensor]:
-        """Per site the range of every modality's channels, f32 [M, in]."""
+        """Per site the range of every modality's channels, f32 [M, in]; of experts the widest."""
+        found: dict[Site, list[list[torch.Tensor]]] = {}
+        for layer in self.layers:
+            for name, tensor in self.tensors("calibrate", layer, ".absmax").items():
+                kind, *_, modality, _ = name.split(".")
+                ranges = found.setdefault((layer, kind), [[] for _ in self.modalities])
+                ranges[self.modalities.index(modality)].append(tensor.float())
         return {
-            (layer, kind): torch.stack(
-                [tensors[f"{kind}.{m}.absmax"].float() for m in self.modalities]
-            )
-            for layer in self.layers
-            for tensors in [self.tensors("calibrate", layer, ".absmax")]
-            for kind in dict.fromkeys(name.split(".")[0] for name in tensors)
+            site: torch.stack([torch.stack(one).amax(0) for one in ranges])
+            for site, ranges in found.items()
         }
+
+    @cached_property
+    def of_experts(self) -> frozenset[Site]:
+        """Sites that stand for those of several experts."""
+        return frozenset(
+            (layer, name.split(".")[0])
+            for layer in self.layers
+            for name in self.tensors("calibrate", layer, ".count")
+            if name.split(".")[1].isdigit()
+        )
 
     def tensors(
         self, stage: str, layer: int, ending: str | tuple[str, ...], kind: str = ""
@@ -256,22 +268,39 @@ def _notes(stages: dict, stage: str) -> dict[int, dict]:
 def _smooth_notes(stages: dict, recipe: dict) -> tuple[dict, dict]:
     heldout, origin = {}, {}
     for layer, notes in _notes(stages, "smooth").items():
-        for kind, note in notes.items():
-            values = zip(recipe["modalities"], note["heldout_sqnr_db"], strict=True)
-            heldout[layer, kind] = dict(values)
-            origin[layer, kind] = note.get("origin", "")
+        for kind, ours in _by_kind(notes).items():
+            values = zip(*(note["heldout_sqnr_db"] for note in ours), strict=True)
+            means = map(_mean, values)
+            heldout[layer, kind] = dict(zip(recipe["modalities"], means, strict=True))
+            origins = [note.get("origin", "") for note in ours]
+            origin[layer, kind] = max(dict.fromkeys(origins), key=origins.count)
     return heldout, origin
 
 
 def _compensate_notes(stages: dict) -> dict[Site, dict[str, dict]]:
     found: dict[Site, dict[str, dict]] = {}
     for layer, notes in _notes(stages, "compensate").items():
-        for key, note in notes.items():
-            kind, _, modality = key.partition(".")
-            if not modality:  # how the site's base weight was rounded
-                continue
-            found.setdefault((layer, kind), {})[modality] = note
+        corrections = {key: note for key, note in notes.items() if "rank" in note}
+        for modality in dict.fromkeys(key.rpartition(".")[2] for key in corrections):
+            ours = {k: n for k, n in corrections.items() if k.endswith(f".{modality}")}
+            for kind, several in _by_kind(ours).items():
+                means = {k: _mean([note.get(k) for note in several]) for k in several[0]}
+                one = several[0] if len(several) == 1 else means
+                found.setdefault((layer, kind), {})[modality] = one
     return found
+
+
+def _by_kind(notes: dict[str, dict]) -> dict[str, list[dict]]:
+    """Notes of a layer by site kind: several where its experts have sites of their own."""
+    found: dict[str, list[dict]] = {}
+    for key, note in notes.items():
+        found.setdefault(key.split(".")[0], []).append(note)
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _float(path: Path) -> Run | None:

@@ -212,7 +212,7 @@ def _ranks(runs: Sequence[Run], count: int, progress: Progress) -> list[Drawing 
             "It needs a calibrated and smoothed run with more than one modality."
         )  # fmt: skip
         return [Absent(title, why)]
-    sites = data.spread(run.absmax, count)
+    sites = data.spread([s for s in run.absmax if s not in run.of_experts], count)
     progress.stage("rank curves", len(sites), "sites")
     try:
         found = ranks.curves(run, sites, runs, progress)
