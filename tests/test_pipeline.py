@@ -1,13 +1,14 @@
 """The whole line on the embedded model: results, resuming, staleness, and what must be refused."""
 
+import contextlib
 import hashlib
+import io
 import json
 import shutil
-import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import tiny_models
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from jobs import Interrupting, small
@@ -19,7 +20,6 @@ from masquant_cli.errors import ArtifactError, CheckError, EnvironmentProblem, R
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.rundir import STAGES, RunDir
 from masquant_cli.runtime.context import modality_ids as force_ids
-from masquant_cli.stages import verify
 from masquant_cli.stages.job import Job
 from masquant_cli.stages.judge import is_quantized
 from masquant_cli.stages.probes import load_probes
@@ -286,8 +286,12 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_finished(tmp_path, mo
     ],
 )
 def test_verification_that_the_machine_stops(copied, monkeypatch, code, stderr, problem):
-    died = subprocess.CompletedProcess([], code, "", stderr)
-    monkeypatch.setattr(verify.subprocess, "run", lambda *args, **kwargs: died)
+    from masquant_cli.stages import export
+
+    died = SimpleNamespace(
+        stdin=io.StringIO(), stderr=io.StringIO(stderr), wait=lambda: code, returncode=code
+    )
+    monkeypatch.setattr(export, "fresh_process", lambda job: contextlib.nullcontext(died))
     shutil.rmtree(copied / "export")
     with pytest.raises(EnvironmentProblem, match=problem):
         pipeline.run(small(), copied)
@@ -335,20 +339,34 @@ def test_a_failed_export_keeps_the_one_before_under_another_name(copied, monkeyp
         raise CheckError("no")
 
     monkeypatch.setattr(export, "verify", fails)
+    monkeypatch.setattr(export, "fresh_process", lambda job: contextlib.nullcontext(True))
     with pytest.raises(CheckError):
-        pipeline.run(small("export.tolerance=0.5"), copied)
+        pipeline.run(small("name=another"), copied)
     assert not (copied / "export/model").exists()
     (copied / "export/model.previous").rename(copied / "export/model")
     assert weights_hash(copied) == before
     monkeypatch.undo()
-    pipeline.run(small("export.tolerance=0.5"), copied)
+    pipeline.run(small("name=another", NO_VERIFY), copied)
     assert weights_hash(copied) == before
     assert {p.name for p in (copied / "export").iterdir()} == {"model", "manifest.json"}
 
 
 def test_asking_for_verification_later_verifies(finished, tmp_path):
     pipeline.run(small(NO_VERIFY), tmp_path, reuse=[finished])
-    assert states(small(), tmp_path)["export"] == "stale"
+    assert states(small(NO_VERIFY), tmp_path)["export"] == "cached"
+    step = pipeline.plan(small(), tmp_path)[-1]
+    assert (step.state, step.why) == ("stale", "it was written without being verified")
+
+
+def test_a_verified_export_stays_good_until_more_is_asked_of_it(copied):
+    for recipe in (small(NO_VERIFY), small("export.tolerance=0.5")):
+        assert states(recipe, copied)["export"] == "cached"
+    manifest = json.loads((copied / "export/manifest.json").read_text())
+    manifest["summary"]["verified"]["vision"] = 3e-4
+    (copied / "export/manifest.json").write_text(json.dumps(manifest))
+    assert states(small(), copied)["export"] == "cached"
+    step = pipeline.plan(small("export.tolerance=1e-4"), copied)[-1]
+    assert (step.state, step.why) == ("stale", "its logits are verified to 3.0e-04 only")
 
 
 def test_the_model_and_the_data_are_in_the_fingerprint(model_copy, tmp_path):
@@ -483,11 +501,13 @@ def test_bits_methods_and_groups_export_and_answer(finished, tmp_path, recipe):
 
         job.finished[stage] = (folder, read_manifest(folder))
     model = load_quantized(done["export_dir"], dtype=torch.float32)
-    probes = load_probes(job)
-    for kind, expected in reference_logits(job, probes).items():
+    probes, tokens = load_probes(job), token_ids_of(model.config)
+    ids = {k: modality_ids(p["input_ids"], tokens, recipe.modalities) for k, p in probes.items()}
+    every = {k: torch.arange(i.numel()) for k, i in ids.items()}
+    for kind, expected in reference_logits(job, job.float, probes, ids, every).items():
         inputs = probes[kind]
         with torch.no_grad(), dispatch.force("reference"):
-            found = model(**inputs, use_cache=False).logits
+            found = model(**inputs, use_cache=False).logits[0]
         assert float((found - expected).norm() / expected.norm()) < 1e-5, kind
 
 
@@ -499,16 +519,3 @@ def test_token_quotas_stop_each_modality_on_its_own():
     assert len(pictures) == 4  # four tokens each: the fourth passes thirteen
     assert 40 <= limited.tokens["audio"] < free.tokens["audio"]
     assert len(limited.samples) < len(free.samples) and limited.digest != free.digest
-
-
-def test_a_16_bit_model_is_verified_in_fp32_and_given_back_as_it_was():
-    model = tiny_models.qwen2().bfloat16()
-    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.float()
-    before = {k: (t, t.dtype, t.clone()) for k, t in model.named_parameters()}
-    with verify._in_fp32(model):
-        assert {t.dtype for t in model.parameters()} == {torch.float32}
-        assert model.lm_head.weight.equal(before["lm_head.weight"][2].float())
-    for key, tensor in model.named_parameters():
-        same, dtype, value = before[key]
-        assert tensor is same and tensor.dtype == dtype and torch.equal(tensor, value)
-    assert model.model.rotary_emb.inv_freq.dtype == torch.float32

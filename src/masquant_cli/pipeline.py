@@ -139,6 +139,8 @@ def plan(
                     folder, state, why = candidate, "cached", f"reused from {other}"
                     break
                 why += f"; not reused from {other}: {reason}"
+        if stage == "export" and state == "cached" and (lack := _unverified(recipe, folder)):
+            state, why = "stale", lack
         steps.append(StagePlan(stage, state, why, wanted, reads[stage], folder))
     return steps
 
@@ -189,11 +191,8 @@ def inputs(recipe: recipes.Recipe, *, download: bool = True) -> dict[str, dict] 
             "compensation": {key: compensation[key] for key in ("rank", "sites")},
         },
         "compensate": {"compensation": compensation, "weights": {"rounding": rounding}},
-        "export": {
-            "name": recipe.name,
-            "model": {"path": recipe.model.path},
-            "export": whole["export"],
-        },
+        # How it is verified changes nothing in it: `_unverified` asks whether that was done.
+        "export": {"name": recipe.name, "model": {"path": recipe.model.path}},
     }
     return {stage: {"masquant's stage": VERSIONS[stage], **reads[stage]} for stage in STAGES}
 
@@ -216,6 +215,17 @@ def _state(folder: Path, wanted: str, reads: dict) -> tuple[str, str]:
     if lost := damaged_output(folder, manifest):
         return "stale", f"its output {lost} is gone or was changed"
     return "cached", "finished"
+
+
+def _unverified(recipe: recipes.Recipe, folder: Path) -> str | None:
+    """What a finished export lacks that the recipe asks for, or None."""
+    found = read_manifest(folder).summary.get("verified")
+    if not recipe.export.verify:
+        return None
+    if found is None:
+        return "it was written without being verified"
+    worst, tolerance = max(found.values()), recipe.export.tolerance
+    return f"its logits are verified to {worst:.1e} only" if worst > tolerance else None
 
 
 def _changed(old: dict[str, object], new: dict[str, object]) -> str:
