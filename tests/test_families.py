@@ -1,5 +1,8 @@
 """Every family on a tiny model of its real class: found, walked, quantized, reloaded."""
 
+import types
+
+import numpy as np
 import pytest
 import tiny_families
 import torch
@@ -11,8 +14,11 @@ from tiny_quantized import by_definition, export, quantized, scheme_of
 from torch import nn
 
 from masquant_cli import load_quantized
+from masquant_cli.data.inputs import encode
+from masquant_cli.data.samples import Sample
 from masquant_cli.errors import RecipeError
 from masquant_cli.models import loading
+from masquant_cli.models.capture import embed, run_layer
 from masquant_cli.models.families import FAMILIES, Family, model_class
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.names import disk_names
@@ -132,6 +138,25 @@ def test_a_skeleton_is_the_model(name, folders, monkeypatch):
 
 
 @every
+@torch.no_grad()
+def test_layer_by_layer_equals_the_full_forward(name, folders, monkeypatch):
+    monkeypatch.setattr(loading, "load_processor", lambda folder: None)
+    skeleton = load_skeleton(Model(path=str(folders(name)), dtype="float32"), "cpu")
+    model, inputs = tiny_families.model(name), tiny_families.inputs(name)
+    seen = []
+    hook = model.get_decoder().norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(**inputs)
+    hook.remove()
+    ids = torch.zeros_like(inputs["input_ids"])
+    with skeleton.materialised_names(skeleton.names_outside_layers()):
+        batch = embed(skeleton, inputs, ids)
+    for layer in find_sites(skeleton.model):
+        with skeleton.materialised(layer.module):
+            run_layer(skeleton, layer.layer, batch)
+    assert torch.equal(batch.hidden, seen[0])
+
+
+@every
 def test_quantized_it_computes_the_definition_and_reloads_the_same(name, tmp_path):
     model, inputs = tiny_families.model(name), tiny_families.inputs(name)
     scheme, exact = scheme_of(model), scheme_of(model, activation_bits=16)
@@ -166,3 +191,20 @@ def test_a_row_of_a_newer_transformers_is_a_clear_error():
     with pytest.raises(RecipeError, match=r"needs a newer transformers.*Qwen9ForCausalLM"):
         model_class(row)
     assert model_class(FAMILIES["qwen2"]) is transformers.Qwen2ForCausalLM
+
+
+def test_a_processor_without_audio_is_named():
+    """Voxtral's takes audio only inside the chat templates of its own tokenizer."""
+
+    class Deaf:
+        tokenizer = types.SimpleNamespace()
+        feature_extractor = types.SimpleNamespace(sampling_rate=16000)
+
+        def __call__(self, text, **kwargs):
+            raise AssertionError
+
+    content = [{"type": "audio", "audio": np.zeros(16, np.float32)}]
+    sample = Sample([{"role": "user", "content": content}], {}, "", "row 7")
+    with pytest.raises(RecipeError, match="Deaf takes no audio") as caught:
+        encode(Deaf(), [sample], for_generation=False)
+    assert caught.value.where == "row 7"

@@ -27,16 +27,15 @@ def encode(processor, samples: Sequence[Sample], *, for_generation: bool) -> dic
     With `for_generation` a last assistant message is left out and the template's generation
     prompt is added. Raises RecipeError when the processor cannot take the samples.
     """
-    texts = [render(processor, sample, for_generation=for_generation) for sample in samples]
     tokenizer = tokenizer_of(processor)
+    media = {} if processor is tokenizer else _media(processor, samples)
+    texts = [render(processor, sample, for_generation=for_generation) for sample in samples]
     kwargs: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     bos = getattr(tokenizer, "bos_token", None)
     if bos and texts[0].startswith(bos):
         kwargs["add_special_tokens"] = False  # the template wrote it already
-    if processor is not tokenizer:
-        kwargs |= _media(processor, samples)
     try:
-        batch = processor(text=texts, **kwargs)
+        batch = processor(text=texts, **kwargs, **media)
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError, KeyError) as error:
         raise RecipeError(
             f"the model's processor refused the samples ({type(error).__name__}: {error})",
@@ -177,6 +176,12 @@ def _media(processor, samples: Sequence[Sample]) -> dict[str, Any]:
         _require(extractor, "audio", samples)
         rate = getattr(extractor, "sampling_rate", None) or SAMPLING_RATE
         names = inspect.signature(type(processor).__call__).parameters
+        if not {"audio", "audios"} & set(names):  # Voxtral's: only inside its own chat templates
+            raise RecipeError(
+                f"{type(processor).__name__} takes no audio beside the text",
+                where=_span(samples),
+                hint="audio cannot be calibrated with this processor yet; leave this source out",
+            )
         name = "audios" if "audios" in names and "audio" not in names else "audio"
         kwargs[name] = [resample(wave, SAMPLING_RATE, rate) for wave in waves]
         kwargs["sampling_rate"] = rate
