@@ -28,6 +28,7 @@ class World:
 
     rank = 0
     size = 1
+    local_size = 1  # processes of this world on this machine
 
     @property
     def main(self) -> bool:

@@ -37,6 +37,7 @@ class Ranks(World):
 
     def __init__(self, store, rank: int, size: int, timeout: float):
         self.rank, self.size = rank, size
+        self.local_size = int(os.environ["LOCAL_WORLD_SIZE"])
         self._store, self._timeout = store, timeout
         self._turn = self._pulses = 0
         self._pulsed = 0.0
@@ -102,17 +103,17 @@ class Ranks(World):
     def use(self, device: str) -> None:
         import torch
 
-        local, processes = (int(os.environ[k]) for k in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        local = int(os.environ["LOCAL_RANK"])
         if device == "cuda" and torch.cuda.is_available():
             if local >= torch.cuda.device_count():
                 raise EnvironmentProblem(
-                    f"{processes} processes share {torch.cuda.device_count()} GPUs",
+                    f"{self.local_size} processes share {torch.cuda.device_count()} GPUs",
                     where=f"rank {self.rank} on {self._host}",
                     hint="use --nproc-per-node with the number of GPUs, or --set device=cpu",
                 )
             torch.cuda.set_device(local)
         if not _threads_chosen():
-            torch.set_num_threads(max(1, _cores() // processes))
+            torch.set_num_threads(max(1, _cores() // self.local_size))
 
     def check_shared(self, folder: Path) -> None:
         mark = folder / ".shared"

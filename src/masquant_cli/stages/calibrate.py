@@ -5,6 +5,7 @@ model's towers and embeddings are needed once, at the start; from then on memory
 decoder layer and of the hidden states, which go to disk where `resources.max_memory` asks for it.
 """
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from masquant_cli import shards
 from masquant_cli.algo.statistics import InputStatistics
 from masquant_cli.data.inputs import model_inputs
 from masquant_cli.data.samples import content_hashes
+from masquant_cli.distributed import World, deal
 from masquant_cli.errors import RecipeError
 from masquant_cli.models.capture import Batch, embed, run_layer, watch_sites
 from masquant_cli.models.experts import routed
@@ -33,6 +35,7 @@ from masquant_cli.stages.samples import (
     groups,
     row_keys,
 )
+from masquant_cli.stages.share import cost, merged
 
 SCRATCH = ".scratch"  # of the stage's folder: hidden states, while it runs
 Gathered = dict[tuple[str, str], InputStatistics]  # by a site's key and a modality
@@ -46,19 +49,16 @@ def calibrate(job: Job, folder: Path, fingerprint: str) -> dict:
     `samples.json`: per chosen sample the hashes of its media or text, sorted.
     Raises RecipeError when a modality got no tokens or activations are not finite.
     """
-    progress, layers = job.progress, job.layers
+    progress, layers, world = job.progress, job.layers, job.world
     chosen = choose_samples(job.recipe, job.float, progress)
     # Data on a hub may change between an interruption and its resumption.
     fingerprint = f"{fingerprint} {chosen.digest}"
-    # Evaluation refuses rows that were calibrated on.
-    shown = sorted(sorted(content_hashes(sample)) for sample in chosen.samples)
-    write_json(folder / "samples.json", {"samples": shown})
-    done = [shards.is_done(shards.layer_file(folder, x.layer), fingerprint) for x in layers]
-    save_probes(job, chosen, folder, fingerprint)
+    done = world.from_main(lambda: _begin(job, chosen, folder, fingerprint))
     todo = len(layers) - next((i for i, d in enumerate(reversed(done)) if not d), len(layers))
-    with disk_errors(folder), Store(folder / SCRATCH, room_for_hidden(job)) as store:
+    owners = deal([cost(layer) for layer in layers], world.size)
+    with disk_errors(folder), Store(_scratch(folder, world), room_for_hidden(job)) as store:
         if todo > 0:
-            start = _resumed(store, fingerprint, done)
+            start = _resumed(store, world, fingerprint, done)
             work = _embed(job, chosen, store, fresh=start == 0)
             progress.stage("calibrate", len(layers), "layers")
             progress.advance(start)
@@ -66,18 +66,37 @@ def calibrate(job: Job, folder: Path, fingerprint: str) -> dict:
                 with job.float.materialised(layer.module):
                     gathered = {} if done[layer.layer] else _fresh(job, layer)
                     _advance(job, layer, work, store, gathered)
+                gathered = merged(world, owners[layer.layer], gathered)
                 if gathered:
                     _save(layer, gathered, job.recipe.modalities, folder, fingerprint)
                 gathered.clear()
                 _next_layer(store, work, layer.layer + 1, fingerprint)
                 progress.advance(1)
+    world.barrier(folder)
+    experts = world.from_main(lambda: coverage(job, folder))
     return {
         "samples": len(chosen.samples),
         "tokens": chosen.tokens,
         "skipped_long": chosen.skipped_long,
         "data": chosen.digest,
-        **({"experts": experts} if (experts := coverage(job, folder)) else {}),
+        **({"experts": experts} if experts else {}),
     }
+
+
+def _begin(job: Job, chosen: CalibrationSet, folder: Path, fingerprint: str) -> list[bool]:
+    """Write what is not by layer; returns which layers are finished."""
+    # Evaluation refuses rows that were calibrated on.
+    shown = sorted(sorted(content_hashes(sample)) for sample in chosen.samples)
+    write_json(folder / "samples.json", {"samples": shown})
+    save_probes(job, chosen, folder, fingerprint)
+    for left in folder.glob(f"{SCRATCH}*"):
+        if left != _scratch(folder, job.world) and not left.name.endswith(f"of{job.world.size}"):
+            shutil.rmtree(left, ignore_errors=True)  # of another number of processes
+    return [shards.is_done(shards.layer_file(folder, x.layer), fingerprint) for x in job.layers]
+
+
+def _scratch(folder: Path, world: World) -> Path:
+    return folder / (SCRATCH if world.size == 1 else f"{SCRATCH}{world.rank}of{world.size}")
 
 
 def _embed(job: Job, chosen: CalibrationSet, store: Store, *, fresh: bool) -> list[Batch]:
@@ -87,7 +106,7 @@ def _embed(job: Job, chosen: CalibrationSet, store: Store, *, fresh: bool) -> li
     job.progress.stage("embed", len(chosen.samples), "samples")
     work = []
     with skeleton.materialised_names(skeleton.names_outside_layers()):
-        for group in groups(recipe, chosen):
+        for group in _mine(job, chosen):
             inputs = encode_group(chosen, group, skeleton.processor)
             real = inputs["attention_mask"].bool()
             ids = modality_ids(inputs["input_ids"], tokens, recipe.modalities)
@@ -100,6 +119,14 @@ def _embed(job: Job, chosen: CalibrationSet, store: Store, *, fresh: bool) -> li
             work.append(batch)
             job.progress.advance(len(group), tokens=int(real.sum()))
     return work
+
+
+def _mine(job: Job, chosen: CalibrationSet) -> list[list[int]]:
+    """This rank's batches, as lists of samples."""
+    every = groups(job.recipe, chosen)
+    padded = [len(group) * max(chosen.lengths[i] for i in group) for group in every]
+    owners = deal(padded, job.world.size)
+    return [g for g, owner in zip(every, owners, strict=True) if owner == job.world.rank]
 
 
 def _advance(
@@ -189,10 +216,13 @@ def _next_layer(store: Store, work: list[Batch], layer: int, fingerprint: str) -
             store.drop(_hidden(index, layer - 1))
 
 
-def _resumed(store: Store, fingerprint: str, done: list[bool]) -> int:
-    """The layer whose inputs an interrupted run left on disk; 0 where it left none."""
+def _resumed(store: Store, world: World, fingerprint: str, done: list[bool]) -> int:
+    """The layer whose inputs an interrupted run left on disk; 0 where it left none, or where its
+    ranks were at different layers."""
     note = store.resume()
-    if note and note["fingerprint"] == fingerprint and all(done[: note["layer"]]):
+    usable = note and note["fingerprint"] == fingerprint and all(done[: note["layer"]])
+    starts = world.all_gather(note["layer"] if usable else 0)
+    if usable and len(set(starts)) == 1:
         return note["layer"]
     store.clear()
     store.on_disk = False

@@ -13,10 +13,16 @@ SCORES = 64 << 20  # bytes of attention's own blocks and of temporaries
 def room_for_hidden(job: Job) -> int:
     """Bytes: the limit less this process as it is now, and less the larger of what embedding and
     what one decoder layer take. At least 0, which puts all on disk."""
-    limit = job.recipe.resources.max_bytes or machine_memory()
+    limit = budget(job)
     layer = max(layer_bytes(job, i) for i in {0, len(job.layers) // 2, len(job.layers) - 1})
     heaviest = max(embedding_bytes(job.float), layer) if job.float.device.type == "cpu" else 0
     return max(0, int(limit * (1 - SPARE)) - resident() - heaviest)
+
+
+def budget(job: Job) -> int:
+    """Bytes that this process may use: the recipe's limit or what is free, shared with the other
+    processes on this machine."""
+    return (job.recipe.resources.max_bytes or machine_memory()) // job.world.local_size
 
 
 def embedding_bytes(skeleton: Skeleton) -> int:

@@ -16,7 +16,7 @@ from masquant_cli.errors import EnvironmentProblem, RecipeError
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.sites import LayerSites
 from masquant_cli.stages.job import Job
-from masquant_cli.stages.memory import machine_memory, resident
+from masquant_cli.stages.memory import budget, resident
 from masquant_cli.stages.samples import same_samples
 
 # The output that stands for a site: of the attention block, and of the MLP.
@@ -70,7 +70,7 @@ class Sensitivity:
 @contextmanager
 def _whole(job: Job) -> Iterator[None]:
     """While open, all weights are in memory."""
-    needed, limit = job.float.nbytes(""), job.recipe.resources.max_bytes or machine_memory()
+    needed, limit = job.float.nbytes(""), budget(job)
     free = limit - resident()
     if needed > free and job.float.device.type == "cpu":
         raise EnvironmentProblem(

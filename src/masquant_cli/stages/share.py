@@ -1,13 +1,18 @@
-"""Which layers a process solves, where several work on one run."""
+"""Several processes on one stage: which layers are whose, and how statistics come together."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from masquant_cli import shards
-from masquant_cli.distributed import deal
+from masquant_cli.algo.statistics import InputStatistics
+from masquant_cli.distributed import World, deal
 from masquant_cli.models.sites import LayerSites
 from masquant_cli.stages.job import Job
+
+K = TypeVar("K", bound=Hashable)
+TOGETHER = 64 << 20  # bytes of statistics that travel at once, unless a single one has more
 
 
 @dataclass(frozen=True)
@@ -32,3 +37,45 @@ def share(job: Job, files: Sequence[Path], fingerprint: str, *, alone: bool = Fa
 def cost(layer: LayerSites) -> float:
     """What solving a layer takes, relative to others: products of Grams and rows with weights."""
     return sum(s.in_features * (s.in_features + sum(s.out_features)) for s in layer.sites)
+
+
+def merged(
+    world: World, owner: int, gathered: dict[K, InputStatistics]
+) -> dict[K, InputStatistics]:
+    """The statistics of all ranks' tokens, on their owner; nothing on the others.
+
+    Sums are taken in the order of ranks, whoever the owner is, so that they repeat to the bit.
+    """
+    if world.size == 1:
+        return gathered
+    total: dict[K, InputStatistics] = {}
+    for keys in list(_parcels(gathered)):
+        mine = {
+            f"{i}.{part}": tensor
+            for i, key in enumerate(keys)
+            for part, tensor in gathered[key].state().items()
+        }
+        if world.rank == owner:
+            total |= {key: gathered[key].empty() for key in keys}
+        for theirs in world.collect(owner, mine):
+            for i, key in enumerate(keys):
+                parts = gathered[key].state()
+                total[key].merge({part: theirs[f"{i}.{part}"] for part in parts})
+        for key in keys:
+            del gathered[key]  # at most one parcel is in memory twice
+    return total
+
+
+def _parcels(gathered: Mapping[K, InputStatistics]) -> Iterator[list[K]]:
+    """Keys of statistics that travel together; the same on every rank, whatever it has seen."""
+    parcel: list[K] = []
+    size = 0
+    for key, one in gathered.items():
+        nbytes = 4 * one.width * (one.keep + (one.width if one.with_gram else 0))
+        if parcel and size + nbytes > TOGETHER:
+            yield parcel
+            parcel, size = [], 0
+        parcel.append(key)
+        size += nbytes
+    if parcel:
+        yield parcel
