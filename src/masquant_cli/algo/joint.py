@@ -6,53 +6,72 @@ from collections.abc import Sequence
 
 import torch
 
-from masquant_cli.algo.learning import Schedule, descend
+from masquant_cli.algo.learning import Schedule, descend, outputs_of_steps
 from masquant_cli.algo.linear import fake_quant_rows_ste
-from masquant_cli.algo.site import Learned, SiteProblem, heldout_error, modality_error
+from masquant_cli.algo.site import Learned, SiteProblem, judged, modality_error
 from masquant_cli.algo.smoothing import align, closed_form_scale, uniform_absmax
+
+FEW = ("base", "eq. 14", "aligned eq. 14")  # choices of a modality that a shared scale is judged by
 
 
 def learn_joint(problem: SiteProblem, schedule: Schedule, mas: torch.Tensor) -> Learned:
     """Smoothing chosen knowing the bits and the rank. `mas [M, in]` holds eq. 14's answer.
 
-    Never worse on held-out rows, by `_criterion`, than uniform smoothing, the base's scale for
-    everyone, aligned scales or the paper's own choice: those are its starts.
+    Never worse on held-out rows (and, of a large site, on the part of its outputs that is looked
+    at), by `_criterion`, than uniform smoothing, the base's scale for everyone, aligned scales or
+    the paper's own choice: those are its starts.
     """
-    scale, error, origin = _best_start(problem, mas)
-    if schedule.epochs == 0:
-        return Learned(scale, error, origin)
-    subspaces: list[torch.Tensor | None] = [None] * len(scale)
+    part = problem.part()
+    scale, error, origin = _best_start(part, mas)
+    if schedule.epochs:
+        best, value = _learn(part, schedule, scale)
+        if value < _criterion(part, error):
+            scale, origin = best, f"{origin}, then learned"
+    return judged(problem, scale, origin)
 
-    def judge(logs: torch.Tensor) -> float:
+
+def _learn(
+    problem: SiteProblem, schedule: Schedule, start: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """Descent from `start [M, in]` -> the best scales, and their criterion.
+
+    A step sees some outputs O. The correction that they get, R V V_O.T, needs R of all outputs; but
+    R V = Y V - (X / s_m) Q(W s_0).T V, and (Q(W s_0) / s_0).T V [in, r] hardly moves: it is held
+    as `seen` from one judgement to the next, as is V.
+    """
+    draw = outputs_of_steps(problem, schedule)
+    subspaces: list[torch.Tensor | None] = [None] * len(start)
+    seen: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(start)
+
+    def judge(logs: torch.Tensor) -> list[float]:
         """The criterion; refreshing each modality's V on the way, once an epoch."""
-        with torch.no_grad():
-            now = logs.exp()
-            base = problem.quantize(problem.weight * now[0])
-            errors = []
-            for m, s in enumerate(now):
-                e, subspaces[m] = modality_error(problem, m, base, s, subspaces[m])
-                errors.append(e)
-            return _criterion(problem, errors)
+        now, errors = logs.exp(), []
+        base = problem.smoothed(now[0])
+        for m, s in enumerate(now):
+            e, v = modality_error(problem, m, base, s, subspaces[m])
+            errors.append(e)
+            subspaces[m] = v
+            seen[m] = None if v is None else (problem.targets[m] @ v, base.T @ v / now[0][:, None])
+        return [_criterion(problem, errors)]
 
     def loss(logs: torch.Tensor, batch: dict[int, torch.Tensor]) -> torch.Tensor:
-        base = problem.quantize(problem.weight * logs[0].exp(), ste=True)
-        total = 0.0
+        outputs, scale = draw(), logs.exp()
+        base = problem.quantize(problem.weight[outputs] * scale[0], ste=True)
+        total = logs.new_zeros(())
         for m, at in batch.items():
-            y = problem.targets[m][at]
-            smoothed = problem.rows[m][at] / logs[m].exp()
+            y = problem.targets[m][at][:, outputs]
+            smoothed = problem.rows[m][at] / scale[m]
             error = y - fake_quant_rows_ste(smoothed, problem.activation_bits) @ base.T
-            v = subspaces[m]
-            if v is not None:
-                error = error - (y - smoothed @ base.T) @ v @ v.T
+            if seen[m] is not None:
+                target, image = seen[m]
+                left = target[at] - (smoothed * scale[0]) @ image
+                error = error - left @ subspaces[m][outputs].T
             share = problem.loss_weights[m] / y.abs().mean().clamp_min(1e-12)
             total = total + share * error.abs().mean()
         return total
 
-    best, _ = descend(scale, loss, judge, problem, schedule)
-    found = heldout_error(problem, best)
-    if _criterion(problem, found) < _criterion(problem, error):
-        return Learned(best, found, f"{origin}, then learned")
-    return Learned(scale, error, origin)
+    best, values = descend(start, loss, judge, problem, schedule, problem.seen)
+    return best, values[0]
 
 
 def _criterion(problem: SiteProblem, errors: Sequence[float]) -> float:
@@ -64,8 +83,12 @@ def _bases(problem: SiteProblem, mas: torch.Tensor) -> dict[str, torch.Tensor]:
     """Candidates for the shared scale: the base modality's own, uniform, and half way."""
     uniform = closed_form_scale(uniform_absmax(problem.absmax), problem.absmax_w)
     own = closed_form_scale(problem.absmax[0], problem.absmax_w)
-    found = {"base's eq. 12": own, "uniform": uniform, "half uniform": (own * uniform).sqrt()}
-    return found if torch.equal(own, mas[0]) else {"base's own": mas[0], **found}
+    found = {"base's own": mas[0], "base's eq. 12": own}
+    if len(problem.rows) > 1:
+        found |= {"uniform": uniform, "half uniform": (own * uniform).sqrt()}
+    if torch.equal(own, mas[0]):
+        del found["base's own"]
+    return found
 
 
 def _best_start(
@@ -75,35 +98,43 @@ def _best_start(
 
     Shared scales are first compared with few choices each; only the best two see them all.
     """
-    found = [
-        (*_best_for_base(problem, mas, base, name, few=True), base, name)
-        for name, base in _bases(problem, mas).items()
-    ]
-    found.sort(key=lambda f: _criterion(problem, f[1]))
-    finalists = (
-        _best_for_base(problem, mas, base, name, few=False) for *_, base, name in found[:2]
+    found = [_Base(problem, mas, scale, name) for name, scale in _bases(problem, mas).items()]
+    answers = sorted(
+        ((base.best(few=True), base) for base in found),
+        key=lambda answer: _criterion(problem, answer[0][1]),
     )
-    return min(finalists, key=lambda f: _criterion(problem, f[1]))
+    if len(problem.rows) == 1:
+        return answers[0][0]
+    return min(
+        (base.best(few=False) for _, base in answers[:2]),
+        key=lambda answer: _criterion(problem, answer[1]),
+    )
 
 
-def _best_for_base(
-    problem: SiteProblem, mas: torch.Tensor, base_scale: torch.Tensor, name: str, *, few: bool
-) -> tuple[torch.Tensor, tuple[float, ...], str]:
-    base = problem.quantize(problem.weight * base_scale)
-    scales, errors = [base_scale], [modality_error(problem, 0, base, base_scale)[0]]
-    origins = [name]
-    for m in range(1, len(mas)):
-        starts = _modality_starts(problem, mas, base_scale, m)
-        tried = {
-            label: (modality_error(problem, m, base, scale)[0], scale)
-            for label, scale in starts.items()
-            if not few or label in ("base", "eq. 14", "aligned eq. 14")
-        }
-        label = min(tried, key=lambda key: tried[key][0])
-        errors.append(tried[label][0])
-        scales.append(tried[label][1])
-        origins.append(label)
-    return torch.stack(scales), tuple(errors), " | ".join(origins)
+class _Base:
+    """A shared scale, its rounded weight, and what the other modalities' choices make of it."""
+
+    def __init__(self, problem: SiteProblem, mas: torch.Tensor, scale: torch.Tensor, name: str):
+        self.problem, self.mas, self.scale, self.name = problem, mas, scale, name
+        self.weight = problem.smoothed(scale)
+        self.tried: dict[tuple[int, str], float] = {}
+
+    def best(self, *, few: bool) -> tuple[torch.Tensor, tuple[float, ...], str]:
+        """(scale [M, in], held-out error of each modality, where they come from)"""
+        scales, errors, origins = [self.scale], [self._error(0, self.name, self.scale)], [self.name]
+        for m in range(1, len(self.problem.rows)):
+            starts = _modality_starts(self.problem, self.mas, self.scale, m)
+            labels = FEW if few else tuple(starts)
+            label = min(labels, key=lambda key: self._error(m, key, starts[key]))
+            errors.append(self._error(m, label, starts[label]))
+            scales.append(starts[label])
+            origins.append(label)
+        return torch.stack(scales), tuple(errors), " | ".join(origins)
+
+    def _error(self, m: int, label: str, scale: torch.Tensor) -> float:
+        if (m, label) not in self.tried:
+            self.tried[m, label] = modality_error(self.problem, m, self.weight, scale)[0]
+        return self.tried[m, label]
 
 
 def _modality_starts(

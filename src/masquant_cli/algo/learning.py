@@ -2,9 +2,11 @@
 
 Log-scales in fp32, so scales stay positive; a straight-through gradient through the rounding;
 each modality normalised by its own output; the best point seen on held-out rows is returned.
+Output channels are quantized on their own, so a step looks at a random part of them.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +14,10 @@ import torch
 from masquant_cli.algo.linear import fake_quant_rows_ste
 from masquant_cli.algo.site import SiteProblem
 
+# What a step looks at: at most so many outputs, and, of wide inputs, so many weights.
 OUTPUTS_PER_STEP = 512
+WEIGHTS_PER_STEP = 2**19
+FEWEST_OUTPUTS = 96
 
 
 @dataclass(frozen=True)
@@ -31,31 +36,28 @@ def learn_mas(
 ) -> torch.Tensor:
     """Eq. 13-14 from `start [M, in]`: own smoothing and own weight per modality -> [M, in].
 
-    `only` these modalities learn; the rest keep their start. Output channels are quantized on
-    their own, so every step may look at a random part of them.
+    `only` these modalities learn; the rest keep their start. Eq. 13 is a sum of independent
+    terms: one descent serves them all, and each keeps its own best.
     """
-    generator = torch.Generator().manual_seed(schedule.seed)
-    n_out = problem.weight.shape[0]
+    problem = problem.part()
+    draw = outputs_of_steps(problem, schedule)
+    learning = [m for m in problem.seen if only is None or m in only]
 
     def loss(logs: torch.Tensor, batch: dict[int, torch.Tensor]) -> torch.Tensor:
-        part = torch.randperm(n_out, generator=generator)[:OUTPUTS_PER_STEP]
-        weight = problem.weight[part.to(problem.weight.device)]
+        weight = problem.weight[draw()]
         return sum(
             mas_loss(problem, weight, logs[m], problem.rows[m][at]) for m, at in batch.items()
         )
 
-    learned = start.clone()
-    for m in only or range(
-        len(start)
-    ):  # eq. 13 is a sum of independent terms, so each keeps its best
+    def judge(logs: torch.Tensor) -> list[float]:
+        return [
+            float(mas_loss(problem, problem.weight, logs[m], problem.heldout[m]))
+            if m in learning
+            else 0.0
+            for m in range(len(logs))
+        ]
 
-        def judge(logs: torch.Tensor, m: int = m) -> float:
-            with torch.no_grad():
-                return float(mas_loss(problem, problem.weight, logs[m], problem.heldout[m]))
-
-        best, _ = descend(start, loss, judge, problem, schedule, only=(m,))
-        learned[m] = best[m]
-    return learned
+    return descend(start, loss, judge, problem, schedule, learning)[0]
 
 
 def learn_uniform(problem: SiteProblem, schedule: Schedule, start: torch.Tensor) -> torch.Tensor:
@@ -63,8 +65,8 @@ def learn_uniform(problem: SiteProblem, schedule: Schedule, start: torch.Tensor)
 
     The loss is eq. 13's sum over the modalities, with its weights.
     """
-    generator = torch.Generator().manual_seed(schedule.seed)
-    n_out = problem.weight.shape[0]
+    problem = problem.part()
+    draw = outputs_of_steps(problem, schedule)
 
     def total(log_scale: torch.Tensor, weight: torch.Tensor, rows: dict[int, torch.Tensor]):
         return sum(
@@ -73,16 +75,15 @@ def learn_uniform(problem: SiteProblem, schedule: Schedule, start: torch.Tensor)
         )
 
     def loss(logs: torch.Tensor, batch: dict[int, torch.Tensor]) -> torch.Tensor:
-        part = torch.randperm(n_out, generator=generator)[:OUTPUTS_PER_STEP]
-        weight = problem.weight[part.to(problem.weight.device)]
+        weight = problem.weight[draw()]
         return total(logs[0], weight, {m: problem.rows[m][at] for m, at in batch.items()})
 
-    def judge(logs: torch.Tensor) -> float:
-        with torch.no_grad():
-            return float(total(logs[0], problem.weight, dict(enumerate(problem.heldout))))
+    def judge(logs: torch.Tensor) -> list[float]:
+        return [
+            float(total(logs[0], problem.weight, {m: problem.heldout[m] for m in problem.seen}))
+        ]
 
-    best, _ = descend(start[None], loss, judge, problem, schedule)
-    return best[0]
+    return descend(start[None], loss, judge, problem, schedule, problem.seen)[0][0]
 
 
 def mas_loss(
@@ -96,25 +97,40 @@ def mas_loss(
     return error.abs().mean() / y.abs().mean().clamp_min(1e-12)
 
 
+def outputs_of_steps(problem: SiteProblem, schedule: Schedule) -> Callable[[], torch.Tensor]:
+    """A function that draws the outputs of the next step: i64 [k]."""
+    n_out, n_in = problem.weight.shape
+    count = min(OUTPUTS_PER_STEP, max(FEWEST_OUTPUTS, WEIGHTS_PER_STEP // n_in))
+    generator = torch.Generator().manual_seed(schedule.seed)
+
+    def draw() -> torch.Tensor:
+        return torch.randperm(n_out, generator=generator)[:count].to(problem.weight.device)
+
+    return draw
+
+
 def descend(
     start: torch.Tensor,
     loss: Callable[[torch.Tensor, dict[int, torch.Tensor]], torch.Tensor],
-    judge: Callable[[torch.Tensor], float],
+    judge: Callable[[torch.Tensor], list[float]],
     problem: SiteProblem,
     schedule: Schedule,
-    only: tuple[int, ...] | None = None,
-) -> tuple[torch.Tensor, float]:
-    """Adam with a cosine rate on log-scales [M or 1, in]; the best by `judge`, once an epoch."""
-    modalities = only or tuple(range(len(problem.rows)))
+    modalities: Sequence[int],
+) -> tuple[torch.Tensor, list[float]]:
+    """Adam with a cosine rate on log-scales [M or 1, in] -> the best of them, and its values.
+
+    `loss` sees rows of `modalities`; `judge`, once an epoch, gives a value for every row of the
+    log-scales, each of which keeps its own best, or one value for all.
+    """
     logs = start.log().clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([logs], lr=schedule.learning_rate, betas=(0.9, 0.95))
+    with torch.no_grad():
+        best, best_values = logs.detach().clone(), judge(logs.detach())
+    if not modalities:
+        return start, best_values
     generator = torch.Generator().manual_seed(schedule.seed)
     most = max(len(problem.rows[m]) for m in modalities)
     steps = -(-most // schedule.batch_rows)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, schedule.epochs * steps, eta_min=0.05 * schedule.learning_rate
-    )
-    best, best_value = logs.detach().clone(), judge(logs.detach())
+    adam = Adam(logs, schedule.learning_rate, schedule.epochs * steps)
     for _ in range(schedule.epochs):
         orders = {m: torch.randperm(len(problem.rows[m]), generator=generator) for m in modalities}
         for step in range(steps):
@@ -122,11 +138,32 @@ def descend(
             batch = {}
             for m, order in orders.items():  # a short modality starts over
                 batch[m] = order[at % len(order)].to(start.device)
-            optimizer.zero_grad()
-            loss(logs, batch).backward()
-            optimizer.step()
-            cosine.step()
-        value = judge(logs.detach())
-        if value < best_value:
-            best, best_value = logs.detach().clone(), value
-    return best.exp(), best_value
+            adam.step(*torch.autograd.grad(loss(logs, batch), logs))
+        with torch.no_grad():
+            values = judge(logs.detach())
+        for row, (value, least) in enumerate(zip(values, best_values, strict=True)):
+            if value < least:
+                here = slice(None) if len(values) == 1 else row
+                best[here], best_values[row] = logs.detach()[here], value
+    return best.exp(), best_values
+
+
+class Adam:
+    """Adam (0.9, 0.95) on one tensor, its rate a cosine from `rate` down to a twentieth.
+
+    torch.optim's would do; importing it takes two seconds, which is as long as a small model.
+    """
+
+    def __init__(self, values: torch.Tensor, rate: float, steps: int):
+        self.values, self.rate, self.steps, self.done = values, rate, steps, 0
+        self.mean, self.square = torch.zeros_like(values), torch.zeros_like(values)
+
+    @torch.no_grad()
+    def step(self, gradient: torch.Tensor) -> None:
+        cosine = (1 + math.cos(math.pi * self.done / self.steps)) / 2
+        rate = self.rate * (0.05 + 0.95 * cosine)
+        self.done += 1
+        self.mean.lerp_(gradient, 0.1)
+        self.square.lerp_(gradient.square(), 0.05)
+        deviation = (self.square / (1 - 0.95**self.done)).sqrt_().add_(1e-8)
+        self.values -= rate / (1 - 0.9**self.done) * self.mean / deviation

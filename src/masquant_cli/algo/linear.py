@@ -47,13 +47,38 @@ def fake_quant_weight_ste(
     w: torch.Tensor, bits: int, group_size: int | None = None, symmetric: bool = True
 ) -> torch.Tensor:
     """`fake_quant_weight`, differentiable in the same sense."""
-    quantized = quantize_weight(w, bits, group_size, symmetric)
-    grouped = w.reshape(*quantized.scale.shape, -1)
-    integers = quantized.q.reshape(grouped.shape).float()
-    if quantized.zero is not None:
-        integers = integers - quantized.zero[..., None].float()
-    step = quantized.scale[..., None]
-    return (grouped + (integers - grouped / step).detach() * step).reshape(w.shape)
+    return _WeightSte.apply(w, bits, group_size, symmetric)
+
+
+class _WeightSte(torch.autograd.Function):
+    """w + rest * step with rest = q - zero - w / step as a constant: so d/dw is the identity and,
+    through the range that the step is a share of, rest's sum at the extremes of a group."""
+
+    @staticmethod
+    def forward(ctx, w, bits, group_size, symmetric):
+        quantized = quantize_weight(w, bits, group_size, symmetric)
+        grouped, step = w.reshape(*quantized.scale.shape, -1), quantized.scale[..., None]
+        integers = quantized.q.reshape(grouped.shape).to(w.dtype)
+        if quantized.zero is not None:
+            integers -= quantized.zero[..., None]
+        if symmetric:
+            at = grouped.abs().argmax(-1, keepdim=True)
+            ends = ((at, grouped.gather(-1, at).sign() / (2 ** (bits - 1) - 1)),)
+        else:  # the range was widened to contain 0, which does not move
+            high, low = grouped.max(-1, keepdim=True), grouped.min(-1, keepdim=True)
+            ends = ((high.indices, (high.values > 0) / 15), (low.indices, (low.values < 0) / -15))
+        ctx.ends = ends
+        ctx.save_for_backward(integers - grouped / step)
+        return (integers.mul_(step)).reshape(w.shape)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (rest,) = ctx.saved_tensors
+        found = gradient.reshape(rest.shape).clone()
+        moved = torch.linalg.vecdot(found, rest).unsqueeze(-1)  # what a longer step would change
+        for at, share in ctx.ends:
+            found.scatter_add_(-1, at, moved * share)
+        return found.reshape(gradient.shape), None, None, None
 
 
 def compensated_linear(

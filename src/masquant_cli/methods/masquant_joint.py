@@ -16,7 +16,7 @@ def solve(layer: Layer) -> dict[str, Learned]:
     for kind, site in layer.sites.items():
         schedule = layer.schedule(kind)
         scale = eq12(site, layer.smoothing.beta)
-        if schedule.epochs:
+        if schedule.epochs and len(layer.modalities) > 1:  # eq. 14 of text alone is eq. 29
             scale = learn_mas(site, schedule, scale)
         solved[kind] = learn_joint(site, schedule, scale)
     return solved
