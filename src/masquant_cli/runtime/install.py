@@ -49,7 +49,7 @@ def install(
         _put(model, name, module)
     for layer in layers:
         for site in layer.sites:
-            if site in sites:
+            if site.kind in scheme.sites:
                 _connect(model, layer, site, context)
     attach(context, _receivers(model))
     fuse_sites(model)
