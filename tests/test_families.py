@@ -10,7 +10,7 @@ import transformers
 from masquant_kernels import dispatch
 from safetensors.torch import load_file
 from tiny_families import AUDIO, CASES, IMAGE, VIDEO
-from tiny_quantized import by_definition, export, quantized, scheme_of
+from tiny_quantized import by_definition, quantized, scheme_of, solved_site
 from torch import nn
 
 from masquant_cli import load_quantized
@@ -24,8 +24,11 @@ from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.names import disk_names
 from masquant_cli.models.sites import find_sites, layers_path
 from masquant_cli.models.skeleton import load_skeleton
-from masquant_cli.recipe import Model
+from masquant_cli.progress import NullProgress
+from masquant_cli.recipe import Model, Recipe
 from masquant_cli.runtime import modality_ids as forced_ids
+from masquant_cli.stages.export import export as stages_export
+from masquant_cli.stages.job import Job
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 every = pytest.mark.parametrize("name", CASES)
@@ -156,25 +159,67 @@ def test_layer_by_layer_equals_the_full_forward(name, folders, monkeypatch):
     assert torch.equal(batch.hidden, seen[0])
 
 
+class Solved(Job):
+    """A job whose stages before the export are made up, as tiny_quantized makes them up."""
+
+    def read(self, stage: str, layer: int) -> dict[str, torch.Tensor]:
+        found = {}
+        for site in self.layers[layer].sites:
+            scale, low_rank = solved_site(site, self.scheme, seed=layer)
+            if stage == "smooth":
+                found[f"{site.key}.scale"] = scale
+            else:
+                for modality, (a, b) in low_rank.items():
+                    found[f"{site.key}.{modality}.lr_a"] = a
+                    found[f"{site.key}.{modality}.lr_b"] = b
+        return found
+
+
+def job_of(name: str, folder) -> Solved:
+    known = FAMILIES[name].modalities
+    modalities = ["text", *(m for m in ("vision", "audio") if m in known)]
+    source = {"dataset": "builtin:tiny-omni/calibration-text", "messages": [
+        {"role": "user", "content": [{"text": "{question}"}]},
+    ]}  # fmt: skip
+    recipe = {
+        "name": "made-up",
+        "model": {"path": str(folder), "dtype": "float32"},
+        "modalities": modalities,
+        "calibration": {"sources": [source]},
+        "device": "cpu",
+        "export": {"verify": False},
+    }
+    calibrated = types.SimpleNamespace(summary={"tokens": dict.fromkeys(modalities, 7)})
+    return Solved(
+        Recipe.model_validate(recipe), NullProgress(), {"calibrate": (folder, calibrated)}
+    )
+
+
 @every
-def test_quantized_it_computes_the_definition_and_reloads_the_same(name, tmp_path):
+def test_quantized_it_computes_the_definition_and_reloads_the_same(
+    name, folders, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loading, "load_processor", lambda folder: None)
     model, inputs = tiny_families.model(name), tiny_families.inputs(name)
-    scheme, exact = scheme_of(model), scheme_of(model, activation_bits=16)
-    ids = modality_ids(inputs["input_ids"], scheme.token_ids, scheme.modalities)
+    exact = scheme_of(model, activation_bits=16)
+    ids = modality_ids(inputs["input_ids"], exact.token_ids, exact.modalities)
     with by_definition(model, exact, ids):
         want = real_logits(model, inputs)
     with dispatch.force("reference"):
         assert relative(real_logits(quantized(model, exact), inputs), want) < 1e-5
     assert relative(real_logits(model, inputs), want) > 5e-2
+    job = job_of(name, folders(name))
+    scheme = job.scheme
     with by_definition(model, scheme, ids):
         want = real_logits(model, inputs)
     ours = quantized(model, scheme)
     got = real_logits(ours, inputs)
     assert relative(got, want) < 2e-2  # a rounding may fall the other way
     if len(scheme.modalities) > 1:
+        assert min(scheme.ranks.values()) > 0
         with forced_ids(ours, torch.zeros_like(ids)):
             assert relative(real_logits(ours, inputs), want) > 2e-2
-    loaded = load_quantized(export(model, scheme, tmp_path))
+    loaded = load_quantized(stages_export(job, tmp_path, "")["export_dir"])
     assert torch.equal(real_logits(loaded, inputs), got)
     made = loaded.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert made.shape[1] == inputs["input_ids"].shape[1] + 3
