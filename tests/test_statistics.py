@@ -22,7 +22,7 @@ def test_any_split_gives_the_whole():
     assert parts.count == 90
     assert torch.equal(parts.absmax, x.abs().amax(0))
     torch.testing.assert_close(parts.tensors()["mean_abs"], x.abs().mean(0))
-    torch.testing.assert_close(parts.gram, x.T @ x, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(parts.tensors()["gram"], x.T @ x, rtol=1e-5, atol=1e-3)
     assert torch.equal(parts.rows, whole.rows)  # the sample does not see the batching
 
 
@@ -41,12 +41,19 @@ def test_rows_are_the_inputs_of_the_smallest_keys_in_their_order_however_they_co
         assert torch.equal(found.rows, expected)
 
 
+def test_a_gram_of_several_blocks_is_whole():
+    x = torch.randn(20, 600, generator=torch.Generator().manual_seed(6))
+    found = collect(x, [9, 11])
+    for _ in range(2):  # asking twice changes nothing
+        torch.testing.assert_close(found.tensors()["gram"], x.T @ x, rtol=1e-5, atol=1e-4)
+
+
 def test_sums_in_pieces_are_those_of_the_whole(monkeypatch):
     monkeypatch.setattr(statistics, "PIECE", 21)  # three rows of seven
     x = torch.randn(50, 7, generator=torch.Generator().manual_seed(5))
     found = collect(x, [50])
     assert torch.equal(found.absmax, x.abs().amax(0))
-    torch.testing.assert_close(found.abs_sum, x.abs().sum(0))
+    torch.testing.assert_close(found.abs_sum.float(), x.abs().sum(0))
 
 
 def test_rows_are_a_seeded_sample_without_repeats():
@@ -75,4 +82,22 @@ def test_half_precision_is_summed_in_fp32():
     x = torch.full((4096, 2), 1 / 3, dtype=torch.bfloat16)
     found = collect(x, [64] * 64)
     expected = float(x[0, 0].double() ** 2 * 4096)
-    assert abs(float(found.gram[0, 0]) / expected - 1) < 1e-4  # bf16 sums would be off by 40 %
+    assert abs(float(found.tensors()["gram"][0, 0]) / expected - 1) < 1e-4  # bf16 sums would be off by 40 %
+
+
+def test_statistics_of_parts_merge_to_those_of_the_whole_to_the_bit():
+    g = torch.Generator().manual_seed(8)
+    x, keys = torch.randn(300, 530, generator=g) * 9, torch.rand(300, dtype=torch.float64)
+    batches = list(zip(x.split(31), keys.split(31), strict=True))
+    whole = InputStatistics(width=530, keep=40, with_gram=True)
+    for batch in batches:
+        whole.update(*batch)
+    for dealt in ([[3, 0, 9], [7, 1], [], [8, 2, 6, 5, 4]], [[*range(9, -1, -1)], []]):
+        total = whole.empty()
+        for mine in dealt:
+            part = whole.empty()
+            for i in mine:
+                part.update(*batches[i])
+            total.merge(part.state())
+        for name, expected in whole.tensors().items():
+            assert torch.equal(total.tensors()[name], expected), name

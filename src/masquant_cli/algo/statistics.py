@@ -14,11 +14,13 @@ PIECE = 1 << 20  # elements whose magnitudes are held at once: they stay in the 
 
 @dataclass
 class InputStatistics:
-    """Accumulates over calls of `update(x [n, in], keys [n])`. Grams are fp32.
+    """Accumulates over calls of `update(x [n, in], keys [n])`.
 
-    absmax [in], abs_sum [in], count, gram [in, in] (optional; its upper triangle of blocks until
-    `tensors` is called) over *all* tokens, and the inputs of the `keep` tokens with the smallest keys. A token's key is drawn at random once, so the
-    sample is uniform and does not depend on how tokens are batched or in which order they come.
+    absmax [in], abs_sum [in], count and the Gram [in, in] (optional) over *all* tokens, and the
+    inputs of the `keep` tokens with the smallest keys. A token's key is drawn at random once, so
+    the sample is uniform and does not depend on how tokens are batched or in which order they come.
+    Products are fp32 and sums of batches fp64: rounded to fp32 in the end, they come out the same
+    in any order of the batches, so in any number of processes (but for one element in some 1e8).
     """
 
     width: int
@@ -28,16 +30,17 @@ class InputStatistics:
     count: int = 0
     absmax: Tensor = field(init=False)
     abs_sum: Tensor = field(init=False)
-    gram: Tensor | None = field(init=False, default=None)
+    gram: list[Tensor] = field(init=False, default_factory=list)  # blocks: f64 [rows, in - first]
     kept: Tensor = field(init=False)  # [n, in] in no order
     keys: Tensor = field(init=False)  # [n] f64, theirs
 
     def __post_init__(self):
         self.absmax = torch.zeros(self.width, device=self.device)
-        # In fp64 it hardly depends on the order in which batches come.
         self.abs_sum = torch.zeros(self.width, dtype=torch.float64, device=self.device)
         if self.with_gram:
-            self.gram = torch.zeros(self.width, self.width, device=self.device)
+            for block in self._blocks():  # the triangle from the diagonal on; the other mirrors it
+                shape = block.stop - block.start, self.width - block.start
+                self.gram.append(torch.zeros(shape, dtype=torch.float64, device=self.device))
         self.kept = torch.zeros(0, self.width, device=self.device)
         self.keys = torch.zeros(0, dtype=torch.float64)
 
@@ -49,10 +52,10 @@ class InputStatistics:
             magnitude = part.abs()
             torch.maximum(self.absmax, magnitude.amax(0), out=self.absmax)
             self.abs_sum += magnitude.sum(0, dtype=torch.float32)
-        if self.gram is not None:
+        if self.with_gram:
             wide = x.float()
-            for block in self._blocks():  # one triangle; `tensors` mirrors it
-                self.gram[block, block.start :].addmm_(wide[:, block].T, wide[:, block.start :])
+            for block, total in zip(self._blocks(), self.gram, strict=True):
+                total += wide[:, block].T @ wide[:, block.start :]
         self.count += len(x)
         self.sample(x, keys)
 
@@ -79,7 +82,7 @@ class InputStatistics:
         """All there is, for `merge`."""
         found = {name: getattr(self, name) for name in ("absmax", "abs_sum", "kept", "keys")}
         found["count"] = torch.tensor([self.count])
-        return found if self.gram is None else {**found, "gram": self.gram}
+        return {**found, **{f"gram {i}": total for i, total in enumerate(self.gram)}}
 
     def empty(self) -> "InputStatistics":
         """The same kind of statistics, of no tokens yet."""
@@ -90,8 +93,8 @@ class InputStatistics:
         torch.maximum(self.absmax, state["absmax"], out=self.absmax)
         self.abs_sum += state["abs_sum"]
         self.count += int(state["count"])
-        if self.gram is not None:
-            self.gram += state["gram"]
+        for i, total in enumerate(self.gram):
+            total += state[f"gram {i}"]
         self.sample(state["kept"], state["keys"])
 
     def _blocks(self) -> list[slice]:
@@ -105,13 +108,15 @@ class InputStatistics:
 
     def tensors(self) -> dict[str, Tensor]:
         """absmax, mean_abs [in] f32; count [1] i64; rows [n, in] f32; gram [in, in] f32 if kept."""
-        if self.gram is not None:
-            for block in self._blocks():
-                self.gram[block.stop :, block] = self.gram[block, block.stop :].T
         found = {
             "absmax": self.absmax,
             "mean_abs": (self.abs_sum / max(self.count, 1)).float(),
             "count": torch.tensor([self.count]),
             "rows": self.rows,
         }
-        return found if self.gram is None else {**found, "gram": self.gram}
+        if self.with_gram:
+            found["gram"] = gram = torch.empty(self.width, self.width, device=self.device)
+            for block, total in zip(self._blocks(), self.gram, strict=True):
+                gram[block, block.start :] = total
+                gram[block.stop :, block] = gram[block, block.stop :].T
+        return found

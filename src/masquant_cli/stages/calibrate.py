@@ -175,13 +175,13 @@ def _save(
     folder: Path,
     fingerprint: str,
 ) -> None:
-    """Write a layer's complete statistics."""
+    """Write a layer's complete statistics, which are gone then."""
     _refuse_not_finite(layer, gathered)
     _refuse_unseen(layer, gathered, modalities)
     tensors = {
         f"{key}.{name}.{part}": value
-        for (key, name), statistics in gathered.items()
-        for part, value in statistics.tensors().items()
+        for key, name in list(gathered)  # each is freed as its tensors are made
+        for part, value in gathered.pop((key, name)).tensors().items()
     }
     shards.save(shards.layer_file(folder, layer.layer), tensors, fingerprint=fingerprint, notes={})
 
