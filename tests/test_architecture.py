@@ -51,9 +51,13 @@ MAY_IMPORT = {
     "inspect": {"errors", "models", "recipe", "recipe_yaml", "rundir", "runtime"},
     "lmms": {"errors", "progress", "recipe", "algo", "data", "models", "runtime", "stages"},
     "launchers": {"errors"},
+    "plan": {
+        *("errors", "progress", "recipe", "rundir", "shards", "shard_writer"),
+        *("algo", "data", "methods", "models", "runtime", "stages", "masquant_kernels"),
+    },
     "sweep": {"errors", "progress", "recipe", "recipe_yaml", "rundir", "launchers", "pipeline"},
     "cli": {
-        *("sweep", "yaml_marks"),
+        *("plan", "sweep", "yaml_marks"),
         *("distributed", "errors", "benchmarks", "metrics", "progress", "recipe", "recipe_yaml"),
         *("pipeline", "entries", "compare", "demo", "report", "masquant_kernels", "bench"),
         *("inspect", "lmms"),

@@ -75,6 +75,9 @@ def pipeline(monkeypatch, tmp_path):
     fake = SimpleNamespace(run=run, plan=plan, evaluate=evaluate, bench=bench, calls=calls)
     monkeypatch.setitem(sys.modules, "masquant_cli.pipeline", fake)
     monkeypatch.setattr(masquant_cli, "pipeline", fake, raising=False)
+    prediction = SimpleNamespace(predict=lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "masquant_cli.plan", prediction)
+    monkeypatch.setattr(masquant_cli, "plan", prediction, raising=False)
     return fake
 
 

@@ -18,6 +18,7 @@ from masquant_cli.cli.common import (
     DryRun,
     Json,
     ModelDir,
+    On,
     Quiet,
     Reuse,
     RunDir,
@@ -28,7 +29,7 @@ from masquant_cli.cli.common import (
     show_plan,
 )
 from masquant_cli.cli.processes import working
-from masquant_cli.errors import MasquantError
+from masquant_cli.errors import MasquantError, RecipeError
 
 app = typer.Typer(
     name="masquant",
@@ -62,10 +63,12 @@ def root(
 @app.command()
 def run(
     config: Config, run_dir: RunDir = None, set_: Set = None, reuse: Reuse = None,
-    json: Json = False, dry_run: DryRun = False, quiet: Quiet = False,
+    json: Json = False, dry_run: DryRun = False, on: On = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """All stages: recipe in, low-bit checkpoint out."""
-    _stages("export", config, run_dir, set_, reuse, json, dry_run, quiet)
+    if on and not dry_run:
+        raise RecipeError("--on is for --dry-run", where=f"--on {on}", hint="run it there")
+    _stages("export", config, run_dir, set_, reuse, json, dry_run, quiet, on)
 
 
 @app.command()
@@ -215,10 +218,10 @@ def doctor(
         raise typer.Exit(3)
 
 
-def _stages(until, config, run_dir, overrides, reuse, json, dry_run, quiet) -> None:
+def _stages(until, config, run_dir, overrides, reuse, json, dry_run, quiet, on=None) -> None:
     recipe, where = read_recipe(config, run_dir, overrides)
     if dry_run:
-        return show_plan(recipe, where, reuse or (), until, json)
+        return show_plan(recipe, where, reuse or (), until, json, on=on)
 
     def work(progress) -> dict[str, Any]:
         from masquant_cli import pipeline

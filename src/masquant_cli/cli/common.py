@@ -30,6 +30,10 @@ Reuse = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and why.")]
+On = Annotated[
+    str | None,
+    typer.Option(metavar="MACHINE", help="With --dry-run: predict for h200, h200x8, h100, a100."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")]
 ModelDir = Annotated[
     Path | None,
@@ -48,21 +52,30 @@ def read_recipe(config: str, run_dir: Path | None, overrides: list[str] | None):
     return recipe, run_dir or Path("runs") / recipe.name
 
 
-def show_plan(recipe, run_dir: Path, reuse, until: str, json: bool, tasks=None) -> None:
-    from masquant_cli import pipeline
-    from masquant_cli.cli import render
+def show_plan(
+    recipe, run_dir: Path, reuse, until: str, json: bool, tasks=None, on: str | None = None
+) -> None:
+    """The state of every stage and, for those of `run`, what they would take: on stdout. Exits
+    with 3 when they would not fit."""
+    from masquant_cli import pipeline, plan
+    from masquant_cli.cli import render, render_plan
+    from masquant_cli.errors import EXIT_ENVIRONMENT
 
-    if not distributed.world().main:
-        return
     with render.stdout_reserved():
-        plan = [
-            {"stage": s.stage, "state": s.state, "why": s.why}
-            for s in pipeline.plan(recipe, run_dir, reuse, download=False)
-        ]
-    stages = [s["stage"] for s in plan]
-    plan = plan[: stages.index(until) + 1] if until in stages else plan
-    document = {"recipe": recipe.name, "run_dir": run_dir, "plan": plan}
-    render.output(document | ({"tasks": tasks} if tasks is not None else {}), json, render.plan)
+        steps = pipeline.plan(recipe, run_dir, reuse, download=False)
+        names = [step.stage for step in steps]
+        steps = steps[: names.index(until) + 1] if until in names else steps
+        todo = [step.stage for step in steps if on or step.state != "cached"]
+        found = plan.predict(recipe, run_dir, todo, on=on) if todo and tasks is None else None
+    states = [{"stage": s.stage, "state": s.state, "why": s.why} for s in steps]
+    document = {"recipe": recipe.name, "run_dir": run_dir, "plan": states, "prediction": found}
+    document |= {"tasks": tasks} if tasks is not None else {}
+    render.output(document, json, render_plan.plan)
+    problems = found["problems"] if found else []
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        raise typer.Exit(EXIT_ENVIRONMENT)
 
 
 def do(work: Callable[[Any], dict[str, Any]], shape: str, json: bool, quiet: bool) -> dict:

@@ -59,15 +59,6 @@ def recipe_list(document: dict[str, Any]) -> None:
     draw_table(("recipe", "model", "bits", "modalities"), rows)
 
 
-def plan(document: dict[str, Any]) -> None:
-    draw_table(
-        ("stage", "state", "why"), [(s["stage"], s["state"], s["why"]) for s in document["plan"]]
-    )
-    if document.get("tasks"):
-        print("tasks:", ", ".join(document["tasks"]))
-    print("run directory:", document["run_dir"])
-
-
 def stages(document: dict[str, Any]) -> None:
     rows = [
         (

@@ -1,0 +1,130 @@
+"""`--dry-run`: what a run would take and give, before anything is spent. Start at `predict`.
+
+The real functions run on shapes alone (work.py), what they would do is written down (tape.py) and
+timed operation by operation on this machine (rates.py), or priced for another one (machine.py).
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from masquant_cli.errors import RecipeError
+from masquant_cli.models.loading import pick_device
+from masquant_cli.plan import subject as subjects
+from masquant_cli.plan.coverage import Coverage, cover
+from masquant_cli.plan.machine import CARDS, Elsewhere, Here, elsewhere
+from masquant_cli.plan.stages import Planner
+from masquant_cli.recipe import Recipe
+from masquant_cli.rundir import STAGES
+from masquant_cli.stages.memory import machine_memory, resident
+
+
+def predict(
+    recipe: Recipe, run_dir: Path, todo: Sequence[str] = STAGES, *, on: str | None = None
+) -> dict[str, Any] | None:
+    """What the stages in `todo` would take, json-able; None for a hub model that is not here.
+
+    {"stages": {name: {"seconds", "peak_bytes", "peak_gpu_bytes", "disk_bytes"}}, "seconds",
+    "size", "matched", "ignored", "coverage", "problems", ...}. `problems` says what does not fit.
+    `on` names another machine, "h200x8": its numbers are not measured. Raises RecipeError where
+    `run` would, for what can be told without weights.
+    """
+    remote = _remote(on)
+    device = "cpu" if remote else pick_device(recipe.device).type
+    subject = subjects.open_subject(recipe, device)
+    if subject is None:
+        return None
+    if remote and recipe.model.dtype == "auto":
+        subject = _in_its_own_dtype(subject)
+    covered = cover(subject)
+    run_dir, base = Path(run_dir), resident()
+    gpu = remote is not None or device == "cuda"
+    machine = remote or Here(torch.device(device), run_dir, subject.job.float.checkpoint)
+    limit = recipe.resources.max_bytes or machine_memory()
+    planner = Planner(subject, covered, machine, base, limit, gpu)
+    stages = {name: planner.stage(name) for name in todo}
+    found = {
+        "on": _about(remote, device),
+        "measured": remote is None,
+        "model": {"path": recipe.model.path, "known_from": subject.known_from,
+                  "dtype": str(subject.job.float.dtype).removeprefix("torch.")},
+        "stages": {name: stage.plain() for name, stage in stages.items()},
+        "seconds": round(sum(stage.seconds for stage in stages.values()), 1),
+        "size": subjects.size(subject),
+        "matched": subjects.matched(subject),
+        "ignored": subjects.ignored(subject),
+        "coverage": _coverage(recipe, covered),
+    }  # fmt: skip
+    found["problems"] = _problems(planner, stages, run_dir, remote)
+    return found
+
+
+def _remote(on: str | None) -> Elsewhere | None:
+    if on is None:
+        return None
+    try:
+        return elsewhere(on)
+    except (KeyError, ValueError):
+        raise RecipeError(
+            f"no machine is known by the name {on!r}", where="--on",
+            hint=f"one of {', '.join(CARDS)}, or several of them: h200x8",
+        ) from None  # fmt: skip
+
+
+def _in_its_own_dtype(subject: subjects.Subject) -> subjects.Subject:
+    """On a GPU `dtype: auto` is the checkpoint's."""
+    from dataclasses import replace
+
+    dtype = getattr(subject.job.float.config, "dtype", None) or torch.bfloat16
+    for parameter in subject.job.float.model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    subject.job.float = replace(subject.job.float, dtype=dtype)
+    return subject
+
+
+def _about(remote: Elsewhere | None, device: str) -> str:
+    if remote is None:
+        where = torch.cuda.get_device_name() if device == "cuda" else "this machine's CPU"
+        return f"{where}, {torch.get_num_threads()} threads"
+    return f"{remote.processes} x {remote.card.name}, from its peak rates, nothing measured"
+
+
+def _coverage(recipe: Recipe, covered: Coverage) -> dict[str, Any]:
+    least = recipe.calibration.min_tokens
+    return {
+        "known": covered.known,
+        "samples": covered.samples,
+        "tokens": covered.tokens,
+        "too_few": [m for m, n in covered.tokens.items() if n < least],
+        "skipped_long": covered.skipped_long,
+    }
+
+
+def _problems(planner: Planner, stages: dict, run_dir: Path, remote: Elsewhere | None) -> list[str]:
+    """What does not fit, in sentences."""
+    found = []
+    if remote is None:
+        for name, stage in stages.items():
+            if stage.ram > planner.limit:
+                found.append(
+                    f"{name} needs {stage.ram / 1e9:.1f} GB of memory, "
+                    f"{planner.limit / 1e9:.1f} GB may be used"
+                )
+        near = next(p for p in (run_dir, *run_dir.resolve().parents) if p.is_dir())
+        free, needed = shutil.disk_usage(near).free, sum(s.disk for s in stages.values())
+        if needed > free:
+            found.append(
+                f"the run writes {needed / 1e9:.1f} GB, {near} has {free / 1e9:.1f} GB left"
+            )
+    if planner.gpu:
+        room = remote.memory if remote else torch.cuda.mem_get_info()[0]
+        for name, stage in stages.items():
+            if stage.vram > room:
+                found.append(
+                    f"{name} needs {stage.vram / 1e9:.1f} GB of GPU memory, "
+                    f"there are {room / 1e9:.1f} GB"
+                )
+    return found

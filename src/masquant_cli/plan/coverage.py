@@ -1,0 +1,106 @@
+"""How many tokens of each modality calibration will see.
+
+Local samples are chosen as calibrate chooses them, for as long as that is quick; a hub data set is
+never fetched for a plan, its tokens are what the recipe asks for.
+"""
+
+import time
+from dataclasses import dataclass
+
+from masquant_cli.data.chat import kinds_of, modality_of
+from masquant_cli.data.sources import local_files
+from masquant_cli.errors import RecipeError
+from masquant_cli.plan.subject import Subject
+from masquant_cli.progress import NullProgress
+from masquant_cli.stages.samples import CalibrationSet, choose_samples, encode_group, groups
+
+PATIENCE = 6.0  # seconds for choosing samples
+SAMPLE_TOKENS = 512  # of a sample that nobody looked at
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Tokens by modality, how they are known (chosen | estimated | unknown), the padded batches
+    [samples, length], and how long choosing and encoding once took."""
+
+    tokens: dict[str, int]
+    known: str
+    samples: int
+    batches: tuple[tuple[int, int], ...]
+    skipped_long: int = 0
+    choosing: float = 0.0
+    encoding: float = 0.0
+    chosen: CalibrationSet | None = None
+
+    @property
+    def padded(self) -> int:
+        return sum(n * length for n, length in self.batches)
+
+
+class _Enough(Exception):
+    pass
+
+
+class _Watch(NullProgress):
+    """Raises when choosing takes too long; counts what was chosen until then."""
+
+    def __init__(self):
+        self.began, self.samples, self.tokens = time.perf_counter(), 0, 0
+
+    def advance(self, n: int = 1, tokens: int = 0) -> None:
+        self.samples += n
+        self.tokens += tokens
+        if time.perf_counter() - self.began > PATIENCE:
+            raise _Enough
+
+
+def cover(subject: Subject) -> Coverage:
+    """Raises RecipeError when a modality of the recipe gets no tokens."""
+    recipe, skeleton = subject.job.recipe, subject.job.float
+    local = all(_is_local(source) for source in recipe.calibration.sources)
+    if not local or skeleton.processor is None:
+        return _assumed(subject, "unknown", SAMPLE_TOKENS)
+    watch = _Watch()
+    try:
+        chosen = choose_samples(recipe, skeleton, watch)
+    except _Enough:
+        return _assumed(subject, "estimated", watch.tokens / max(1, watch.samples))
+    choosing = time.perf_counter() - watch.began
+    formed = groups(recipe, chosen)
+    began = time.perf_counter()
+    encode_group(chosen, formed[-1], skeleton.processor)
+    share = len(formed[-1]) / max(1, len(chosen.samples))
+    batches = tuple((len(g), max(chosen.lengths[i] for i in g)) for g in formed)
+    return Coverage(
+        dict(chosen.tokens), "chosen", len(chosen.samples), batches, chosen.skipped_long,
+        choosing, (time.perf_counter() - began) / max(share, 1e-9), chosen,
+    )  # fmt: skip
+
+
+def _is_local(source) -> bool:
+    try:
+        return bool(local_files(source))
+    except RecipeError:
+        return False
+
+
+def _assumed(subject: Subject, known: str, per_sample: float) -> Coverage:
+    """Tokens as the recipe's quotas have them, or as many as its limits allow."""
+    recipe = subject.job.recipe
+    calibration, names = recipe.calibration, recipe.modalities
+    length = max(8, min(int(per_sample), calibration.max_length))
+    tokens = dict.fromkeys(names, 0)
+    for source in calibration.sources:
+        media = {modality_of(kind, names) for kind in kinds_of(source.messages)} - {names[0], None}
+        rows = source.limit or 128
+        for name in names:
+            if name in media:
+                tokens[name] += int(rows * length * 0.75 / len(media))
+        tokens[names[0]] += int(rows * length * (0.25 if media else 1.0))
+    tokens = {m: min(n, calibration.tokens.get(m, n)) or calibration.min_tokens
+              for m, n in tokens.items()}  # fmt: skip
+    samples = max(1, round(sum(tokens.values()) / length))
+    each = max(1, calibration.batch_tokens // length)
+    batches = [(each, length)] * (samples // each)
+    batches += [(samples % each, length)] if samples % each else []
+    return Coverage(tokens, known, samples, tuple(batches))

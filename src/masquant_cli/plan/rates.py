@@ -1,0 +1,200 @@
+"""Seconds for a tape: its operations are done once each on this machine, in their true shapes.
+
+Operations that would take long are done on a part and scaled; where a budget of time is spent, the
+rest is estimated from those that were timed. Start at `Bench.seconds`.
+"""
+
+import time
+from dataclasses import dataclass, field
+from types import FunctionType
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from masquant_cli.plan.tape import Call, Shape, Tape
+
+OVERHEAD = 4e-6  # seconds of a view, or of an operation's call alone
+ROUNDED = 256  # input channels with which GPTQ is timed
+LARGE = 4e8  # rough operations above which a part is timed
+CUBIC = ("linalg_eigh", "linalg_eigvalsh", "linalg_cholesky_ex", "linalg_inv_ex", "linalg_solve_ex")
+QR = ("linalg_qr", "linalg_svd")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear")
+
+
+@dataclass
+class Bench:
+    """Times operations on `device`, at most `budget` seconds in all."""
+
+    device: torch.device
+    budget: float = 6.0
+    spent: float = 0.0
+    known: dict[Call, float] = field(default_factory=dict)
+
+    def seconds(self, tape: Tape) -> float:
+        """What the operations of a tape take, one after the other."""
+        wanted = sorted(tape.calls, key=lambda c: -tape.calls[c] * _rough(c))
+        ratios: list[tuple[float, float]] = []
+        total = 0.0
+        for call in wanted:
+            if _is_view(call):
+                total += tape.calls[call] * OVERHEAD
+                continue
+            if call not in self.known and self.spent < self.budget:
+                began = time.perf_counter()
+                self.known[call] = self._measure(call)
+                self.spent += time.perf_counter() - began
+            if call in self.known:
+                ratios.append((self.known[call], _rough(call)))
+                total += tape.calls[call] * self.known[call]
+            else:
+                factor = sum(a for a, _ in ratios) / max(sum(b for _, b in ratios), 1e-12)
+                total += tape.calls[call] * _rough(call) * (factor or 1.0)
+        return total
+
+    def _measure(self, call: Call) -> float:
+        if isinstance(call.op, FunctionType):
+            return self._rounding(call)
+        part, factor = _smaller(call)
+        try:
+            with torch.no_grad():
+                positional, named = part.arguments
+                random = name_of(part) in CUBIC or name_of(part) in QR
+                arguments = [self._real(a, random) for a in positional]
+                options = {k: self._real(v, random) for k, v in named}
+                if "device" in options:
+                    options["device"] = self.device
+                if "attention" in name_of(part):
+                    part = Call(_attention, part.arguments)
+                rounds = 1 if _rough(call) > 0.02 else 3
+                part.op(*arguments, **options)
+                self._wait()
+                began = time.perf_counter()
+                for _ in range(rounds):
+                    part.op(*arguments, **options)
+                self._wait()
+                return factor * (time.perf_counter() - began) / rounds
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            return _rough(call)
+
+    def _rounding(self, call: Call) -> float:
+        """GPTQ: so much for every input channel, and products that grow with their square. Timed
+        with few channels, and with twice as many."""
+        weight, _, form = call.arguments
+        (out, width), few = weight.size, min(ROUNDED, weight.size[1])
+        part = min(out, 4096)
+        taken = []
+        for columns in (few, min(2 * few, width)):
+            made = torch.randn(part, columns, device=self.device)
+            rows = torch.randn(2 * columns, columns, device=self.device)
+            options = (form[0], None, *form[2:])
+            self._wait()
+            began = time.perf_counter()
+            call.op(made, rows.T @ rows, *options)
+            self._wait()
+            taken.append(time.perf_counter() - began)
+        if width <= 2 * few:
+            return taken[1] * out / part
+        square = max(0.0, (taken[1] - 2 * taken[0]) / (2 * few * few))
+        each = (taken[0] - square * few * few) / few
+        return (each * width + square * width * width) * out / part
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _real(self, value, random: bool):
+        if isinstance(value, Shape):
+            made = torch.empty_strided(
+                value.size, value.stride, dtype=value.dtype, device=self.device
+            )
+            if random and value.dtype.is_floating_point:
+                made.normal_()
+                if len(value.size) == 2 and value.size[0] == value.size[1]:
+                    made.copy_(made @ made.T + torch.eye(len(made), device=made.device))
+                return made
+            return made.fill_(0 if value.dtype in (torch.int64, torch.int32, torch.bool) else 1)
+        if isinstance(value, tuple):
+            return [self._real(v, random) for v in value]
+        if isinstance(value, torch.device):
+            return self.device
+        return value
+
+
+def name_of(call: Call) -> str:
+    """ "mm", "linalg_qr", or the name of a function that is timed as a whole."""
+    if isinstance(call.op, FunctionType):
+        return call.op.__name__
+    return call.op._schema.name.rpartition("::")[2].strip("_")
+
+
+def _is_view(call: Call) -> bool:
+    if isinstance(call.op, FunctionType):
+        return False
+    schema = call.op._schema
+    return not schema.is_mutable and any(r.alias_info for r in schema.returns)
+
+
+def _attention(q, k, v, *_):
+    return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _rough(call: Call) -> float:
+    """A guess in seconds that orders operations, and stands for those that nobody timed."""
+    tensors, name = call.tensors, name_of(call)
+    sizes = [t.numel for t in tensors]
+    if not sizes:
+        return OVERHEAD
+    if name == "gptq_round":
+        out, width = tensors[0].size
+        return width * 1e-4 + 2 * out * width**2 / 2e10
+    if "attention" in name:
+        batch, heads, length, width = tensors[0].size
+        return OVERHEAD + 4 * batch * heads * length**2 * width / 2e10
+    if name in PRODUCTS and len(tensors) >= 2:
+        a, b = tensors[-2], tensors[-1]
+        work = a.numel * (b.size[-1] if len(b.size) > 1 else 1)
+        return OVERHEAD + 2 * work / (5e10 if a.dtype.itemsize <= 4 else 2.5e10)
+    if name in CUBIC:
+        n = tensors[0].size[-1]
+        batch = tensors[0].numel / max(n * n, 1)
+        return OVERHEAD + batch * (15 if "eig" in name else 0.5) * n**3 / 2e10
+    if name in QR:
+        m, n = tensors[0].size[-2:]
+        return OVERHEAD + 4 * tensors[0].numel * min(m, n) / 1e10
+    return OVERHEAD + sum(t.nbytes for t in tensors) / 5e9
+
+
+def _smaller(call: Call) -> tuple[Call, float]:
+    """The call on a part of its data, and how much longer the whole takes."""
+    rough, name = _rough(call), name_of(call)
+    if rough < LARGE / 5e9:
+        return call, 1.0
+    tensors = call.tensors
+    if name in CUBIC:
+        n = tensors[0].size[-1]
+        to = max(256, int(n * (LARGE / 5e9 / rough) ** (1 / 3)))
+        return _resized(call, n, to), (n / to) ** 3
+    side = max((d for t in tensors for d in t.size), default=1)
+    if name in QR:
+        side = tensors[0].size[-2]
+    to = max(16, int(side * LARGE / 5e9 / rough))
+    return _resized(call, side, to), side / to
+
+
+def _resized(call: Call, side: int, to: int) -> Call:
+    """The call with `to` in the place of every dimension of `side`."""
+
+    def change(value):
+        if isinstance(value, Shape):
+            size = tuple(to if d == side else d for d in value.size)
+            order = sorted(range(len(size)), key=lambda i: -value.stride[i])
+            stride, step = [0] * len(size), 1
+            for i in reversed(order):
+                stride[i] = 0 if value.stride[i] == 0 and value.size[i] > 1 else step
+                step *= size[i] if stride[i] else 1
+            return Shape(size, tuple(stride), value.dtype)
+        if isinstance(value, tuple):
+            return tuple(map(change, value))
+        return value
+
+    return Call(call.op, change(call.arguments))
