@@ -4,7 +4,8 @@ import pytest
 import torch
 from masquant_kernels.quantizers import QWeight, dequantize_weight, quantize_weight
 
-from masquant_cli.algo import gptq
+from masquant_cli.algo import curvature, gptq
+from masquant_cli.algo.curvature import of_gram
 from masquant_cli.algo.gptq import gptq_round, gptq_round_naive
 
 
@@ -133,19 +134,62 @@ def test_fewer_tokens_than_channels():
     assert float(found.sum() / row_errors(x, w, quantize_weight(w, 4)).sum()) < 0.1
 
 
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("n_out, n_in, tokens", [(9, 130, 40), (7, 300, 9), (5, 257, 1)])
+def test_few_rows_round_as_their_gram_does(n_out, n_in, tokens, act_order):
+    w, x = problem(n_out, n_in, tokens=tokens, mixing=3.0)
+    x[:, 5] = 0
+    wide = gptq_round(w, None, 4, None, False, rows=x, act_order=act_order)
+    dense = gptq_round(w, x.double().T @ x.double(), 4, None, False, act_order=act_order)
+    assert same(wide, dense)
+    nearest = quantize_weight(w, 4, None, False)
+    assert not torch.equal(wide.q, nearest.q)
+    assert bool((row_errors(x, w, wide) <= row_errors(x, w, nearest) * (1 + 1e-5)).all())
+
+
+def test_many_rows_are_their_gram_and_no_rows_round_to_nearest():
+    w, x = problem(6, 30)
+    assert same(gptq_round(w, None, 4, rows=x), gptq_round(w, x.T @ x, 4))
+    assert same(gptq_round(w, None, 4, rows=x[:0]), quantize_weight(w, 4))
+    for rows in (None, x[:, :29], x[0]):
+        with pytest.raises(ValueError, match=r"rows of 30 inputs are \[n, 30\]"):
+            gptq_round(w, None, 4, rows=rows)
+
+
+@pytest.mark.parametrize("few_rows", [True, False])
+def test_wide_weights_in_fp32_and_in_chunks_err_as_little(few_rows, monkeypatch):
+    w, x = problem(33, 520, tokens=90 if few_rows else 1200, mixing=2.0)
+    gram = None if few_rows else x.T @ x
+    exact = {"rows": x} if few_rows else {}
+    single = gptq_round(w, gram, 4, 20, **exact)
+    monkeypatch.setattr(gptq, "CHUNK", 520 * 8)
+    monkeypatch.setattr(curvature, "PRECISE", 1)
+    chunked = gptq_round(w, gram, 4, 20, **exact)
+    if few_rows:
+        assert same(single, chunked)  # outputs do not see each other
+    monkeypatch.setattr(gptq, "PRECISE", 1 << 20)
+    double = gptq_round(w, gram, 4, 20, **exact)
+    assert single.q.shape == (33, 520) and not same(single, quantize_weight(w, 4, 20))
+    for found in (single, chunked):
+        ratio = float(row_errors(x, w, found).sum() / row_errors(x, w, double).sum())
+        assert 0.9 < ratio < 1.1
+
+
 def test_an_indefinite_gram_is_damped_until_it_factors():
     w, x = problem(20, 48, mixing=30.0)
     gram = x.T @ x
     values, vectors = torch.linalg.eigh(gram)
     values[:10] = -0.05 * values.mean()  # far beyond rounding, and beyond damp * mean
     broken = (vectors * values) @ vectors.T
-    hessian = (broken + broken.T).double() / 2
-    factor, added = gptq._upper_factor(hessian.clone(), 0.01)
+    hessian = (broken.double() + broken.double().T) / 2
+    seen = of_gram(broken, 0.01, True, torch.float64)
     mean = float(hessian.diagonal().mean())
-    assert added == pytest.approx(0.1 * mean)  # raised tenfold, once
-    expected = hessian + added * torch.eye(48, dtype=torch.float64)
-    assert torch.allclose(factor @ factor.T, expected, rtol=0, atol=1e-9 * mean)
-    assert torch.equal(factor, factor.triu())
+    assert seen.added == pytest.approx(0.1 * mean)  # raised tenfold, once
+    lower = seen.factor * seen.size
+    expected = (hessian + seen.added * torch.eye(48, dtype=torch.float64))[seen.order]
+    expected = expected[:, seen.order]
+    assert torch.allclose(lower @ lower.T, expected, rtol=0, atol=1e-9 * mean)
+    assert torch.equal(lower, lower.tril())
     found = gptq_round(w, broken, 4)
     assert same(found, gptq_round_naive(w, broken, 4)) and in_range(found, 4)
     assert row_errors(x, w, found).sum() < row_errors(x, w, quantize_weight(w, 4)).sum()

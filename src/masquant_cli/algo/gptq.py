@@ -9,22 +9,28 @@ import math
 import torch
 from masquant_kernels.quantizers import QWeight, dequantize_weight, quantize_weight
 
-BLOCK = 128  # channels whose mutual corrections are made one by one; the rest is a matrix product
+from masquant_cli.algo.curvature import Curvature, of_gram, of_rows
+
+CHUNK = 2**22  # weights that are in work at a time: outputs are independent of one another
+PRECISE = 512  # up to so many channels sums are fp64, beyond fp32
+FEW = 8  # channels that see each other's errors one by one; the rest is matrix products
 
 
 def gptq_round(
     weight: torch.Tensor,
-    gram: torch.Tensor,
+    gram: torch.Tensor | None,
     bits: int,
     group_size: int | None = None,
     symmetric: bool = True,
     *,
+    rows: torch.Tensor | None = None,
     damp: float = 0.01,
     act_order: bool = True,
 ) -> QWeight:
-    """Integers for `weight [out, in]` that keep ||X (W - Q).T||_F small, X.T X = gram [in, in].
+    """Integers for `weight [out, in]` that keep ||X (W - Q).T||_F small, X.T X = gram [in, in];
+    or, with gram None, X = rows [n, in].
 
-    H = gram + damp * mean(diag(gram)) * I, with `damp` raised tenfold until H = R R.T exists
+    H = X.T X + damp * mean(diag(X.T X)) * I, with `damp` raised tenfold until H = R R.T exists
     (R upper triangular). Then ||(W - Q) R||^2 is the output error, and with e_i = w_i - q_i
 
         q_j = round(w_j + sum_{i < j} e_i R_ij / R_jj)
@@ -34,41 +40,80 @@ def gptq_round(
 
     act_order: channels with the most energy first. Scale and zero are quantize_weight's. Output
     rows that come out worse than rounding to nearest on the undamped gram take the nearest
-    integers, so no row is ever worse. Channels without energy round to nearest. fp64 inside.
+    integers, so no row is ever worse. Channels without energy round to nearest. Two matrices
+    [in, in] beside the Gram at most; with few rows none at all.
     Raises ValueError on shapes that do not match, values that are not finite, damp <= 0, and
     whatever quantize_weight refuses.
     """
-    nearest, hessian, order = _prepare(
-        weight, gram, bits, group_size, symmetric, damp=damp, act_order=act_order
-    )
-    factor, added = _upper_factor(hessian[order][:, order], damp)
-    diagonal = factor.diagonal().clone()
-    # Row j of `ahead` says how much of each earlier error channel j answers to; unit diagonal.
-    ahead = factor.div_(diagonal).T.contiguous()
+    n_in = weight.shape[1]
+    found = quantize_weight(weight, bits, group_size, symmetric)
+    if not 0 < damp < math.inf:
+        raise ValueError(f"damp must be above 0 and finite, got {damp}")
+    dtype = torch.float64 if n_in <= PRECISE else torch.float32
+    if gram is None:
+        if rows is None or rows.ndim != 2 or rows.shape[1] != n_in:
+            raise ValueError(f"rows of {n_in} inputs are [n, {n_in}]")
+        if 3 * len(rows) >= n_in:  # the products of rows would be more work than the Gram
+            gram = rows.T @ rows
+    if gram is not None:
+        seen = of_gram(_checked(gram, n_in).to(weight.device), damp, act_order, dtype)
+    else:
+        seen = of_rows(rows, damp, act_order, dtype)
+    size = max(1, CHUNK // n_in)
+    for start in range(0, len(weight), size):
+        at = slice(start, start + size)
+        zero = None if found.zero is None else found.zero[at]
+        part = QWeight(found.q[at], found.scale[at], zero)
+        part.q.copy_(_round(weight[at], part, seen, bits, dtype))
+    return found
+
+
+def _checked(gram: torch.Tensor, n_in: int) -> torch.Tensor:
+    if gram.shape != (n_in, n_in):
+        raise ValueError(f"the gram of {n_in} inputs is [{n_in}, {n_in}], got {tuple(gram.shape)}")
+    if not all(bool(torch.isfinite(g).all()) for g in gram.split(1024)):
+        raise ValueError("the gram has values that are not finite")
+    return gram
+
+
+def _round(
+    weight: torch.Tensor, nearest: QWeight, seen: Curvature, bits: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Integers [out, in] i8 of some outputs. Inside, channels are rows in rounding order, which
+    is `seen.order` backwards: from the last row up."""
+    order, channels = seen.order, seen.order.tolist()
     grid = _Grid(nearest, bits)
-    # [in, out] in rounding order: a channel is contiguous.
-    w = weight.float().T.contiguous()[order].double()
-    error_nearest = w - dequantize_weight(nearest).T.contiguous()[order]
-    error, q = torch.empty_like(w), torch.empty_like(nearest.q.T)
-    gain = torch.zeros_like(w[0])  # ||error||^2 of nearest minus ours, per output row
-    channels = order.tolist()
-    for start in range(0, len(channels), BLOCK):
-        stop = min(start + BLOCK, len(channels))
-        wanted = torch.addmm(w[start:stop], ahead[start:stop, :start], error[:start])
-        missed = torch.empty_like(wanted)
-        for j in range(start, stop):
-            target = wanted[j - start]
-            if j > start:
-                target = torch.addmv(target, error[start:j].T, ahead[j, start:j])
-            integers, value = grid.round(target, channels[j])
-            q[channels[j]] = integers
-            error[j] = w[j] - value
-            missed[j - start] = target - value
-        size = diagonal[start:stop, None]
-        gain += ((ahead[start:stop, :stop] @ error_nearest[:stop]) * size).square().sum(0)
-        gain -= (missed * size).square().sum(0)
-    gain += added * (error.square().sum(0) - error_nearest.square().sum(0))
-    return nearest._replace(q=torch.where(gain[:, None] > 0, q.T, nearest.q).contiguous())
+    w = weight.float().T.contiguous()[order].to(dtype)
+    wanted = w.clone()  # and what earlier channels add to it
+    error, missed = torch.empty_like(w), torch.empty_like(w)
+    q = torch.empty_like(nearest.q.T)
+
+    def channel_by_channel(low: int, high: int, ahead: torch.Tensor, offset: int) -> None:
+        """Rows low..high - 1; ahead[a - offset, b - offset] is what b answers of a's error."""
+        if high - low > FEW:
+            middle = (low + high) // 2
+            channel_by_channel(middle, high, ahead, offset)
+            share = ahead[middle - offset : high - offset, low - offset : middle - offset]
+            wanted[low:middle].addmm_(share.T, error[middle:high])
+            channel_by_channel(low, middle, ahead, offset)
+            return
+        for j in range(high - 1, low - 1, -1):
+            target = wanted[j]
+            if j < high - 1:
+                answer = ahead[j + 1 - offset : high - offset, j - offset]
+                target = torch.addmv(target, error[j + 1 : high].T, answer)
+            q[channels[j]], value = grid.round(target, channels[j])
+            torch.sub(w[j], value, out=error[j])
+            torch.sub(target, value, out=missed[j])
+
+    state = seen.start(w.shape[1])
+    for low, high, ahead in seen.blocks():
+        seen.answer(state, wanted, low, high)
+        channel_by_channel(low, high, ahead, low)
+        seen.remember(state, error, low, high)
+    values = dequantize_weight(nearest).T.contiguous()[order].to(dtype)
+    gain = seen.energy(state, error, missed) - seen.energy_of(w - values)
+    return torch.where(gain[:, None] > 0, nearest.q, q.T)
 
 
 def gptq_round_naive(
@@ -86,17 +131,21 @@ def gptq_round_naive(
     Every rounded channel changes all that remain by -(w_j - q_j) / [H^-1]_jj * [H^-1]_j: and is
     then eliminated from the explicit H^-1.
     """
-    nearest, hessian, order = _prepare(
-        weight, gram, bits, group_size, symmetric, damp=damp, act_order=act_order
-    )
-    _, added = _upper_factor(hessian.clone(), damp)
-    inverse = torch.linalg.inv(hessian + added * torch.eye(len(hessian)).to(hessian))
+    nearest = quantize_weight(weight, bits, group_size, symmetric)
+    if not 0 < damp < math.inf:
+        raise ValueError(f"damp must be above 0 and finite, got {damp}")
+    gram = _checked(gram, weight.shape[1])
+    seen = of_gram(gram, damp, act_order, torch.float64)
+    order, hessian = seen.order.flip(0), (gram.double() + gram.double().T) / 2
+    dead = hessian.diagonal() <= 0
+    hessian.masked_fill_(dead | dead[:, None], 0)
+    inverse = torch.linalg.inv(hessian + seen.added * torch.eye(len(hessian)).to(hessian))
     grid = _Grid(nearest, bits)
     w = weight.double().clone()
     q = torch.empty_like(nearest.q)
     remaining = torch.ones(len(order), dtype=torch.bool, device=w.device)
     for j in order.tolist():
-        q[:, j], value = grid.round(w[:, j], j)
+        q[:, j], value = grid.round(w[:, j], j)  # f32
         remaining[j] = False
         step = (w[:, j] - value) / inverse[j, j]
         w -= step[:, None] * torch.where(remaining, inverse[j], 0)
@@ -121,55 +170,12 @@ class _Grid:
         self.low = -self.high if self.zero is None else -self.high - 1
 
     def round(self, w: torch.Tensor, channel: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """w f64 [out] -> integers (f32) and the f64 values they stand for, as quantize_weight
-        and dequantize_weight have them: both in fp32, zero added after rounding."""
+        """w [out] -> integers (f32) and the values they stand for (f32), as quantize_weight
+        and dequantize_weight have them: zero added after rounding."""
         g = channel // self.group
-        zero = 0.0 if self.zero is None else self.zero[g]
-        q = ((w.float() / self.scale[g]).round_() + zero).clamp_(self.low, self.high)
-        return q, ((q - zero) * self.scale[g]).double()
-
-
-def _prepare(
-    weight: torch.Tensor,
-    gram: torch.Tensor,
-    bits: int,
-    group_size: int | None,
-    symmetric: bool,
-    *,
-    damp: float,
-    act_order: bool,
-) -> tuple[QWeight, torch.Tensor, torch.Tensor]:
-    """Nearest rounding, the cleaned Gram (f64 [in, in]), and the channels in rounding order."""
-    nearest = quantize_weight(weight, bits, group_size, symmetric)
-    columns = weight.shape[1]
-    if gram.shape != (columns, columns):
-        raise ValueError(
-            f"the gram of {columns} inputs is [{columns}, {columns}], got {tuple(gram.shape)}"
-        )
-    if not 0 < damp < math.inf:
-        raise ValueError(f"damp must be above 0 and finite, got {damp}")
-    hessian = gram.to(weight.device, torch.float64)
-    if not torch.isfinite(hessian).all():
-        raise ValueError("the gram has values that are not finite")
-    hessian = (hessian + hessian.T) / 2
-    # A channel without energy goes with nothing; anything else in its row is rounding.
-    dead = hessian.diagonal() <= 0
-    hessian.masked_fill_(dead | dead[:, None], 0)
-    if act_order:
-        order = hessian.diagonal().argsort(descending=True, stable=True)
-    else:
-        order = torch.arange(columns, device=hessian.device)
-    return nearest, hessian, order
-
-
-def _upper_factor(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
-    """Upper triangular R with R R.T = hessian + added * I, and `added`; changes hessian."""
-    # Without any energy every choice of damping is the same.
-    added, wanted = 0.0, damp * float(hessian.diagonal().mean()) or 1.0
-    while True:
-        hessian.diagonal().add_(wanted - added)
-        # The lower factor of the matrix turned round is the upper one turned round.
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        if not failed:
-            return lower.flip(0, 1), wanted
-        added, wanted = wanted, 10 * wanted
+        q = (w.float() / self.scale[g]).round_()
+        if self.zero is None:
+            q.clamp_(self.low, self.high)
+            return q, q * self.scale[g]
+        q.add_(self.zero[g]).clamp_(self.low, self.high)
+        return q, (q - self.zero[g]).mul_(self.scale[g])
