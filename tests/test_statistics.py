@@ -82,12 +82,17 @@ def test_half_precision_is_summed_in_fp32():
     x = torch.full((4096, 2), 1 / 3, dtype=torch.bfloat16)
     found = collect(x, [64] * 64)
     expected = float(x[0, 0].double() ** 2 * 4096)
-    assert abs(float(found.tensors()["gram"][0, 0]) / expected - 1) < 1e-4  # bf16 sums would be off by 40 %
+    assert (
+        abs(float(found.tensors()["gram"][0, 0]) / expected - 1) < 1e-4
+    )  # bf16 sums would be off by 40 %
 
 
 def test_statistics_of_parts_merge_to_those_of_the_whole_to_the_bit():
     g = torch.Generator().manual_seed(8)
-    x, keys = torch.randn(300, 530, generator=g) * 9, torch.rand(300, dtype=torch.float64)
+    x, keys = (
+        torch.randn(300, 530, generator=g) * 9,
+        torch.rand(300, dtype=torch.float64, generator=g),
+    )
     batches = list(zip(x.split(31), keys.split(31), strict=True))
     whole = InputStatistics(width=530, keep=40, with_gram=True)
     for batch in batches:

@@ -22,6 +22,7 @@ from masquant_cli.errors import RecipeError
 from masquant_cli.models.sites import Site
 from masquant_cli.stages.base_weight import base_weight
 from masquant_cli.stages.job import Job
+from masquant_cli.stages.share import begin, share
 from masquant_cli.stages.smooth import site_problem
 
 
@@ -34,21 +35,24 @@ def compensate(job: Job, folder: Path, fingerprint: str) -> dict:
     and after whitening, the share of the residual's energy that is left, and the SQNR that this
     predicts for exact activations.
     """
-    job.progress.stage("compensate", len(job.layers), "layers")
-    left: list[float] = []
-    for layer in job.layers:
-        path = shards.layer_file(folder, layer.layer)
-        if not shards.is_done(path, fingerprint):
-            tensors: dict[str, torch.Tensor] = {}
-            notes: dict[str, dict] = {}
-            statistics = job.read("calibrate", layer.layer)
-            scales = job.read("smooth", layer.layer)
-            for site in layer.sites:
-                _site(job, site, statistics, scales[f"{site.key}.scale"], tensors, notes)
-            shards.save(path, tensors, fingerprint=fingerprint, notes=notes)
-        notes = shards.read_header(path)["notes"]
-        left += [n["residual_energy_left"] for n in notes.values() if "rank" in n]
+    files = [shards.layer_file(folder, layer.layer) for layer in job.layers]
+    dealt = share(job, files, fingerprint)
+    begin(job, "compensate", dealt)
+    for index in dealt.mine:
+        tensors: dict[str, torch.Tensor] = {}
+        notes: dict[str, dict] = {}
+        statistics, scales = job.read("calibrate", index), job.read("smooth", index)
+        for site in job.layers[index].sites:
+            _site(job, site, statistics, scales[f"{site.key}.scale"], tensors, notes)
+        shards.save(files[index], tensors, fingerprint=fingerprint, notes=notes)
         job.progress.advance(1)
+    job.world.barrier(folder)
+    return job.world.from_main(lambda: _summary(files))
+
+
+def _summary(files: list[Path]) -> dict:
+    notes = [n for path in files for n in shards.read_header(path)["notes"].values()]
+    left = [n["residual_energy_left"] for n in notes if "rank" in n]
     return {"mean_residual_energy_left": round(sum(left) / len(left), 4) if left else None}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from masquant_cli.data.inputs import encode_scored, model_inputs
+from masquant_cli.distributed import deal
 from masquant_cli.errors import EnvironmentProblem, RecipeError
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.sites import LayerSites
@@ -50,9 +51,13 @@ class Sensitivity:
     def _ratios(self) -> dict[str, list[Tensor]]:
         job = self.job
         names = job.recipe.modalities
-        samples = same_samples(job).samples[: job.recipe.smoothing.samples]
+        chosen = same_samples(job)
+        samples = chosen.samples[: job.recipe.smoothing.samples]
+        owners = deal(chosen.lengths[: len(samples)], job.world.size)
+        samples = [s for s, r in zip(samples, owners, strict=True) if r == job.world.rank]
         watched = sorted(set(STANDS_FOR.values()))
-        sums = {kind: torch.zeros(len(job.layers), len(names), 2) for kind in watched}
+        shape = len(job.layers), len(names), 2  # in fp64 their order hardly matters
+        sums = {kind: torch.zeros(shape, dtype=torch.float64) for kind in watched}
         skeleton, tokens = job.float, token_ids_of(job.float.config)
         job.progress.stage("gradients", len(samples), "samples")
         with _whole(job):
@@ -64,6 +69,8 @@ class Sensitivity:
                 with _gradients(job, sums, ids.to(skeleton.device)):
                     _loss(skeleton.model, batch, scored).backward()
                 job.progress.advance(1, tokens=batch["input_ids"].numel())
+        parts = job.world.all_gather(sums)
+        sums = {kind: sum(part[kind] for part in parts) for kind in watched}
         return {kind: [_relative(kind, one) for one in found] for kind, found in sums.items()}
 
 
@@ -92,7 +99,7 @@ def _relative(kind: str, sums: Tensor) -> Tensor:
             where="method mbq",
             hint="give calibration samples an assistant's answer, and check the float model",
         )
-    return torch.where(sums[:, 1] > 0, mean / mean[0], torch.ones_like(mean))
+    return torch.where(sums[:, 1] > 0, mean / mean[0], torch.ones_like(mean)).float()
 
 
 def _loss(model: nn.Module, batch: dict[str, Tensor], scored: Tensor) -> Tensor:

@@ -25,13 +25,22 @@ class Share:
 
 def share(job: Job, files: Sequence[Path], fingerprint: str, *, alone: bool = False) -> Share:
     """Deal out the unfinished layers, whose `files` are those of all layers; `alone` gives them all
-    to rank 0. Asked for by every rank."""
+    to rank 0. Asked for by every rank, before `begin`."""
     todo = job.world.from_main(  # one view of the disk: ranks must agree
         lambda: [i for i, path in enumerate(files) if not shards.is_done(path, fingerprint)]
     )
     owners = deal([cost(job.layers[i]) for i in todo], 1 if alone else job.world.size)
     mine = (i for i, owner in zip(todo, owners, strict=True) if owner == job.world.rank)
     return Share(tuple(todo), tuple(mine))
+
+
+def begin(job: Job, stage: str, share: Share) -> None:
+    """Tell the progress that the share is taken up."""
+    finished, several = len(job.layers) - len(share.todo), job.world.size > 1
+    job.progress.stage(
+        stage, finished + len(share.mine), "layers of rank 0" if several else "layers"
+    )
+    job.progress.advance(finished)
 
 
 def cost(layer: LayerSites) -> float:

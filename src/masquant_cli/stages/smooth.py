@@ -16,6 +16,7 @@ from masquant_cli.stages.blocks import Blocks
 from masquant_cli.stages.coverage import stand_ins
 from masquant_cli.stages.job import Job
 from masquant_cli.stages.sensitivity import Sensitivity
+from masquant_cli.stages.share import begin, share
 
 
 def smooth(job: Job, folder: Path, fingerprint: str) -> dict:
@@ -29,26 +30,36 @@ def smooth(job: Job, folder: Path, fingerprint: str) -> dict:
             job.progress.warn(f"{recipe.method} does not read smoothing.{key}")
     asked = {"sensitivity": Sensitivity(job), "block": Blocks(job, folder)}
     files = [shards.layer_file(folder, layer.layer) for layer in job.layers]
-    if not all(shards.is_done(path, fingerprint) for path in files):
-        for name in method.prepared(recipe.smoothing):
+    prepared = method.prepared(recipe.smoothing)
+    alone = "block" in prepared  # a layer is learned from what the layers before it give
+    dealt = share(job, files, fingerprint, alone=alone)
+    if alone and job.world.size > 1:
+        job.progress.note("objective block solves layer after layer: rank 0 alone, others wait")
+    for name in prepared if dealt.todo else ():
+        if name != "block" or job.world.main:
             asked[name].prepare()
-    job.progress.stage("smooth", len(job.layers), "layers")
-    sqnr: dict[str, list[float]] = {m: [] for m in recipe.modalities}
-    for layer, path in zip(job.layers, files, strict=True):
-        if not shards.is_done(path, fingerprint):
-            solved = _solve(job, layer, **asked)
-            tensors = {f"{key}.scale": found.scale for key, found in solved.items()}
-            notes = {
-                key: {"origin": found.origin, "heldout_sqnr_db": [_db(e) for e in found.error]}
-                for key, found in solved.items()
-            }
-            shards.save(path, tensors, fingerprint=fingerprint, notes=notes)
-        for note in shards.read_header(path)["notes"].values():
-            for m, value in zip(recipe.modalities, note["heldout_sqnr_db"], strict=True):
-                if value is not None:
-                    sqnr[m].append(value)
+    begin(job, "smooth", dealt)
+    for index in dealt.mine:
+        solved = _solve(job, job.layers[index], **asked)
+        tensors = {f"{key}.scale": found.scale for key, found in solved.items()}
+        notes = {
+            key: {"origin": found.origin, "heldout_sqnr_db": [_db(e) for e in found.error]}
+            for key, found in solved.items()
+        }
+        shards.save(files[index], tensors, fingerprint=fingerprint, notes=notes)
         job.progress.advance(1)
     asked["block"].close()
+    job.world.barrier(folder)
+    return job.world.from_main(lambda: _summary(recipe.modalities, files))
+
+
+def _summary(modalities: tuple[str, ...], files: list[Path]) -> dict:
+    sqnr: dict[str, list[float]] = {m: [] for m in modalities}
+    for path in files:
+        for note in shards.read_header(path)["notes"].values():
+            for m, value in zip(modalities, note["heldout_sqnr_db"], strict=True):
+                if value is not None:
+                    sqnr[m].append(value)
     return {"heldout_sqnr_db": {m: round(sum(v) / len(v), 2) for m, v in sqnr.items() if v}}
 
 
