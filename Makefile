@@ -12,13 +12,14 @@ VENV ?= $(or $(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.masquant-installed
 
-.PHONY: help demo test lint format install wheel clean gpu-check gpu-compile readme-table evidence
+.PHONY: help demo test lint format install wheel clean gpu-check gpu-compile readme-table evidence scale
 
 help:
 	@echo "make demo     quantize the embedded model four ways and compare"
 	@echo "make test     run the tests              (ARGS='-k recipe' to choose)"
 	@echo "make lint     ruff, check only           make format: ruff, in place"
 	@echo "make evidence  all methods x all bits, measured; under 40 minutes; docs/evidence.md"
+	@echo "make scale    time and memory against a forward pass and another tool; docs/scale.md"
 	@echo "make gpu-compile  every kernel for every GPU, without one; reads the machine code"
 	@echo "make gpu-check  the kernels on this GPU: right, then how fast; under 10 minutes"
 	@echo "make install  only set up $(VENV)        (TORCH=auto|cpu|cuda)"
@@ -63,6 +64,10 @@ gpu-check:
 evidence:
 	$(RUN_WITH) tools/evidence/run.py $(ARGS)
 	$(RUN_WITH) tools/readme_table.py
+
+# Resumable by part: ARGS='peers --other ENV/bin/python', whose environment has llm-compressor.
+scale:
+	$(RUN_WITH) tools/scale/run.py $(or $(ARGS),all)
 
 readme-table:
 	$(RUN_WITH) tools/readme_table.py

@@ -1,0 +1,1 @@
+"""The scale benchmark: how masquant's time and memory grow, and how they compare."""
