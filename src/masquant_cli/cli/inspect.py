@@ -120,6 +120,7 @@ def _shard(document: Document) -> None:
             ("layer", "" if document["layer"] is None else str(document["layer"])),
             ("modalities", ", ".join(document["modalities"])),
             ("tokens", _brief(document["tokens"])),
+            ("an expert's", _brief(document.get("experts", {}))),
             ("ranks", _brief(document["ranks"])),
             ("fingerprint", document["fingerprint"]),
         ]
@@ -172,7 +173,8 @@ def _sites(document: Document) -> None:
     rows = [
         (
             kind,
-            ", ".join(site["linears"]),
+            ", ".join(site["linears"])
+            + (f" of {site['experts']} experts" if "experts" in site else ""),
             f"{site['in']} -> {', '.join(map(str, site['out']))}",
             f"{site['weights']:,}",
             *((str(ranks[kind]),) if ranks else ()),

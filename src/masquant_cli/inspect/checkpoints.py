@@ -22,6 +22,7 @@ from masquant_cli.rundir import Manifest, read_manifest
 from masquant_cli.runtime.scheme import QUANT_METHOD, Scheme
 
 # Towers and the speaking half of an Omni model have layers too; DECODERS are the decoder's.
+IN_EXPERT = re.compile(r"\.experts\.\d+$")
 IN_DECODER = re.compile(r"(.+\.layers|layers)\.(\d+)\.(.+)\.(weight|weight_packed)")
 
 
@@ -37,8 +38,12 @@ class Linear:
 
     @property
     def site(self) -> str:
-        """Name on disk of its site's tensors: they lie in the linear's own block."""
-        return f"{self.key.rpartition('.')[0]}.{self.kind}"
+        """Name on disk of its site's tensors: they lie in the linear's own block, or beside the
+        experts where that is what all of them read."""
+        block = self.key.rpartition(".")[0]
+        if self.kind == "mlp_in" and IN_EXPERT.search(block):
+            block = block.rpartition(".")[0]
+        return f"{block}.{self.kind}"
 
 
 def folder(path: Path, shown: str | None = None) -> dict:
@@ -238,6 +243,9 @@ def _sites(linears: list[Linear], by_name: dict[str, Tensor]) -> dict[str, dict]
             (linear for linear in own if linear.layer == first),
             key=lambda linear: order.index(dense_name(_in_block(linear.key))),
         )
+        experts = len({block for x in here if IN_EXPERT.search(block := x.key.rpartition(".")[0])})
+        if experts:  # all alike: one stands for them
+            here = list({dense_name(_in_block(linear.key)): linear for linear in here}.values())
         # A site's linears share its tensors, which count once.
         names = {name for linear in own for name in _names(linear, by_name)}
         low_rank = sum(by_name[n].bytes for n in names if n.endswith(LOW_RANK))
@@ -248,6 +256,7 @@ def _sites(linears: list[Linear], by_name: dict[str, Tensor]) -> dict[str, dict]
             "weights": sum(linear.inputs * linear.outputs for linear in own),
             "bytes": sum(by_name[n].bytes for n in names) - low_rank,
             "low_rank_bytes": low_rank,
+            **({"experts": experts} if experts else {}),
         }
     return found
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from masquant_cli.errors import ArtifactError, RecipeError
 from masquant_cli.recipe import SITE_KINDS
@@ -111,30 +112,45 @@ def _of_stage(path: Path, tensors: list[Tensor], metadata: dict) -> dict:
     stage = next((f for f in path.absolute().parents[:2] if f.name in STAGES), None)
     named = [tuple(t.name.split(".")) for t in tensors]
     number = re.fullmatch(r"\d+", path.stem)
+    tokens, experts = _tokens(path, tensors)
     return {
         "stage": stage.name if stage else None,
         "layer": int(path.stem) if number else None,
         "sites": [kind for kind in SITE_KINDS if any(kind == name[0] for name in named)],
-        "modalities": list(dict.fromkeys(name[1] for name in named if len(name) == 3)),
+        "modalities": list(
+            dict.fromkeys(n[-2] for n in named if len(n) >= 3 and not n[-2].isdigit())
+        ),
         "ranks": {
             t.name.removesuffix(".lr_a"): t.shape[1] for t in tensors if t.name.endswith(".lr_a")
         },
-        "tokens": _tokens(path, tensors),
+        "tokens": tokens,
+        **({"experts": experts} if experts else {}),
         "fingerprint": fingerprint,
         "finished": _vouched(stage, path) if stage else None,
         "notes": notes,
     }
 
 
-def _tokens(path: Path, tensors: list[Tensor]) -> dict[str, int]:
-    """Tokens of each modality that calibration saw; every site of a layer saw the same."""
-    found = {}
+def _tokens(path: Path, tensors: list[Tensor]) -> tuple[dict[str, int], dict[str, dict]]:
+    """Tokens of each modality that calibration saw: by every site of the layer, and by its
+    experts' own (min, median, and how many saw none)."""
+    found: dict[str, int] = {}
+    own: dict[str, list[int]] = {}
     with path.open("rb") as file:
         for tensor in tensors:
-            if tensor.name.endswith(".count") and tensor.bytes == 8:
-                file.seek(tensor.start)
-                found[tensor.name.split(".")[1]] = int.from_bytes(file.read(8), "little")
-    return found
+            if not tensor.name.endswith(".count") or tensor.bytes != 8:
+                continue
+            *site, modality, _ = tensor.name.split(".")
+            file.seek(tensor.start)
+            count = int.from_bytes(file.read(8), "little")
+            if len(site) == 1:
+                found[modality] = count
+            else:
+                own.setdefault(modality, []).append(count)
+    return found, {
+        m: {"min": min(seen), "median": median(seen), "without": seen.count(0)}
+        for m, seen in own.items()
+    }
 
 
 def _vouched(stage: Path, path: Path) -> bool:

@@ -39,6 +39,11 @@ DECODERS = frozenset(
     for prefix in ("", "language_model.", "thinker.")
 )
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_MIXTRAL = {  # what its files call an expert's linears
+    "block_sparse_moe.w1": "mlp.gate_proj",
+    "block_sparse_moe.w3": "mlp.up_proj",
+    "block_sparse_moe.w2": "mlp.down_proj",
+}
 # linear -> its site kind, in the order in which sites list them
 KIND_OF = {name: kind for kind, ways in SITES.items() for names in ways for name in names}
 
@@ -154,7 +159,8 @@ def model_class(family: Family) -> type:
 
 def dense_name(linear: str) -> str:
     """An expert's linear as a layer without experts has it: "mlp.down_proj"; others as they are."""
-    return _EXPERT.sub(".", linear)
+    name = _EXPERT.sub(".", linear)
+    return _MIXTRAL.get(name, name)
 
 
 def kind_of(linear: str) -> str | None:
