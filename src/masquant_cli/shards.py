@@ -42,8 +42,13 @@ def is_done(path: Path, fingerprint: str) -> bool:
     return header is not None and header["fingerprint"] == fingerprint
 
 
-def load(path: Path, *, sha256: str | None = None) -> dict[str, torch.Tensor]:
-    """All tensors of a shard, by name. Raises ArtifactError when damaged or changed."""
+def load(
+    path: Path, *, sha256: str | None = None, prefix: str = "", suffix: str = ""
+) -> dict[str, torch.Tensor]:
+    """A shard's tensors whose names begin and end so, by name; others are not read.
+
+    Raises ArtifactError when the file is damaged or, with its hash given, changed.
+    """
     try:
         if sha256 is not None and file_sha256(path) != sha256:
             raise ArtifactError(
@@ -52,7 +57,8 @@ def load(path: Path, *, sha256: str | None = None) -> dict[str, torch.Tensor]:
                 hint="delete the stage's folder and run again",
             )
         with safe_open(path, framework="pt") as shard:
-            return {name: shard.get_tensor(name) for name in shard.keys()}
+            names = (n for n in shard.keys() if n.startswith(prefix) and n.endswith(suffix))
+            return {name: shard.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
             f"cannot read this layer: {error}",

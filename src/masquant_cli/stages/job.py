@@ -29,6 +29,7 @@ class Job:
     progress: Progress
     finished: dict[str, tuple[Path, Manifest]] = field(default_factory=dict)
     world: World = field(default_factory=World)
+    _checked: set[Path] = field(default_factory=set)
 
     @cached_property
     def loaded(self) -> Loaded:
@@ -100,8 +101,11 @@ class Job:
         """The site's linears stacked along their outputs, from disk: fp32 [sum of outs, in]."""
         return torch.cat([self.float.weight(name) for name in site.linears])
 
-    def read(self, stage: str, layer: int) -> dict[str, torch.Tensor]:
-        """One layer's tensors of a finished stage, checked against its manifest."""
+    def read(
+        self, stage: str, layer: int, prefix: str = "", suffix: str = ""
+    ) -> dict[str, torch.Tensor]:
+        """One layer's tensors of a finished stage, or those whose names begin and end so; the
+        file is checked against its manifest when it is first asked for."""
         folder, manifest = self.finished[stage]
         path = shards.layer_file(folder, layer)
         relative = path.relative_to(folder).as_posix()
@@ -111,4 +115,7 @@ class Job:
                 where=str(path),
                 hint="delete the stage's folder and run again",
             )
-        return shards.load(path, sha256=manifest.outputs[relative])
+        wanted = None if path in self._checked else manifest.outputs[relative]
+        found = shards.load(path, sha256=wanted, prefix=prefix, suffix=suffix)
+        self._checked.add(path)
+        return found
