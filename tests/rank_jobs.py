@@ -109,7 +109,7 @@ def whole_runs(first: str, second: str, *overrides: str) -> int:
 
     from masquant_cli import pipeline
 
-    world = distributed.join()
+    world = distributed.join() if distributed.launched() else distributed.world()
     for folder in (first, second):
         pipeline.run(small(*overrides), Path(folder))
     world.leave()
