@@ -1,0 +1,228 @@
+"""Mixture-of-experts models through the stages: what experts saw, and what becomes of the rest."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny_moe
+import torch
+from safetensors.torch import load_file, save_file
+from test_families_run import TEXT, recipe, shard, with_media
+
+from masquant_cli import load_quantized, pipeline, shards
+from masquant_cli.data.inputs import model_inputs
+from masquant_cli.errors import RecipeError
+from masquant_cli.models.experts import Experts
+from masquant_cli.models.loading import load_processor
+from masquant_cli.models.modality import modality_ids, token_ids_of
+from masquant_cli.models.sites import Site
+from masquant_cli.progress import NullProgress
+from masquant_cli.recipe import Calibration
+from masquant_cli.stages import calibrate as calibrating
+from masquant_cli.stages.coverage import keeps_gram, rows_kept, stand_ins
+from masquant_cli.stages.samples import choose_samples, encode_group, groups
+
+SOURCES = {"vision": with_media("image", "vision"), "audio": with_media("audio", "audio")}
+EXPERTS = tiny_moe.EXPERTS
+
+
+class Warnings(NullProgress):
+    def __init__(self):
+        self.said = []
+
+    def warn(self, text):
+        self.said.append(text)
+
+
+def job_on(folder: Path, *modalities: str, **more):
+    sources = [TEXT, *(SOURCES[m] for m in modalities)]
+    return recipe(folder, ["text", *modalities], sources, **more)
+
+
+def counts(run: Path, modality: str) -> list[list[int]]:
+    """Tokens of every expert, layer by layer, as calibrate wrote them."""
+    found = []
+    for path in sorted((run / "calibrate" / "layers").iterdir()):
+        tensors = load_file(path)
+        found.append([int(tensors[f"mlp_out.{e}.{modality}.count"]) for e in range(EXPERTS)])
+    return found
+
+
+@pytest.fixture(scope="module")
+def full_omni(tmp_path_factory):
+    """A full Qwen3-Omni as on the hub, quantized and verified in a fresh process."""
+    folder = tmp_path_factory.mktemp("omni")
+    tiny_moe.save("qwen3_omni_moe_thinker", folder / "float")
+    config = json.loads((folder / "float" / "config.json").read_text())
+    outer = {"architectures": ["Qwen3OmniMoeForConditionalGeneration"],
+             "model_type": "qwen3_omni_moe", "thinker_config": config}  # fmt: skip
+    (folder / "float" / "config.json").write_text(json.dumps(outer))
+    talker = {"talker.model.layers.0.mlp.experts.0.down_proj.weight": torch.ones(4, 4)}
+    shard(folder / "float", 3, prefix="thinker.", extra=talker)
+    progress = Warnings()
+    done = pipeline.run(
+        job_on(folder / "float", "vision", "audio"), folder / "run", progress=progress
+    )
+    return folder, done, progress.said
+
+
+def test_a_full_omni_becomes_a_thinker_whose_experts_have_names(full_omni):
+    _, done, _ = full_omni
+    verified = done["stages"]["export"]["verified"]
+    assert set(verified) == {"text", "vision", "audio"} and max(verified.values()) < 1e-5
+    exported = Path(done["export_dir"])
+    on_disk = {k: t for file in exported.glob("*.safetensors") for k, t in load_file(file).items()}
+    assert not [k for k in on_disk if k.startswith(("thinker.", "talker."))]
+    block = "model.layers.1.mlp.experts"
+    assert {k for k in on_disk if k.startswith((f"{block}.7.", f"{block}.mlp_in"))} == {
+        *(f"{block}.mlp_in.{t}" for t in ("smooth_inv", "lr_a")),
+        *(f"{block}.7.mlp_out.{t}" for t in ("smooth_inv", "lr_a")),
+        *(
+            f"{block}.7.{linear}.{t}"
+            for linear in ("gate_proj", "up_proj", "down_proj")
+            for t in ("weight_packed", "weight_scale", "lr_b")
+        ),
+    }
+    assert on_disk["model.layers.1.mlp.gate.weight"].dtype == torch.float32  # routers stay
+    assert json.loads((exported / "config.json").read_text())["model_type"] == (
+        "qwen3_omni_moe_thinker"
+    )
+    with torch.no_grad():
+        model = load_quantized(exported)
+        given = tiny_moe.inputs(model)
+        assert model.generate(**given, max_new_tokens=2).shape[1] > given["input_ids"].shape[1]
+
+
+def test_tokens_are_counted_by_expert_and_modality(full_omni):
+    """Against the original model's routers, run whole on the same samples."""
+    folder, done, warned = full_omni
+    model = tiny_moe.qwen3_omni_moe()
+    wanted = {m: torch.zeros(2, EXPERTS, dtype=torch.long) for m in ("text", "vision", "audio")}
+    chosen_by: list[torch.Tensor] = []
+    handles = [
+        layer.mlp.gate.register_forward_hook(lambda *a: chosen_by.append(a[2][2]))
+        for layer in model.model.language_model.layers
+    ]
+    job = job_on(folder / "float", "vision", "audio")
+    spec = SimpleNamespace(processor=load_processor(folder / "float"), config=model.config)
+    chosen = choose_samples(job, spec, NullProgress())
+    with torch.no_grad():
+        for group in groups(job, chosen):
+            batch = encode_group(chosen, group, spec.processor)
+            chosen_by.clear()
+            model(**model_inputs(model, batch))
+            ids = modality_ids(batch["input_ids"], token_ids_of(model.config), job.modalities)
+            ids[~batch["attention_mask"].bool()] = -1
+            for layer, experts in enumerate(chosen_by):
+                for index, name in enumerate(job.modalities):
+                    here = experts[ids.flatten() == index]
+                    wanted[name][layer] += torch.bincount(here.flatten(), minlength=EXPERTS)
+    for handle in handles:
+        handle.remove()
+    said = done["stages"]["calibrate"]["experts"]
+    for name, expected in wanted.items():
+        assert counts(folder / "run", name) == expected.tolist()
+        every = sorted(expected.flatten().tolist())
+        middle = (every[7] + every[8]) / 2
+        assert said[name] == {"min": every[0], "median": middle, "without": every.count(0)}
+    assert said["vision"]["without"] > 0 and len(warned) == 1  # or this test sees too little
+    scarce = int((wanted["text"] < 32).sum())
+    assert warned[0].startswith(f"{scarce} of 16 experts saw fewer than 32 text tokens")
+
+
+def test_few_rows_and_no_gram_are_kept_of_an_expert(full_omni):
+    folder, _, _ = full_omni
+    tensors = load_file(folder / "run" / "calibrate" / "layers" / "000.safetensors")
+    assert len(tensors["mlp_in.text.rows"]) == 32 and "mlp_in.text.gram" in tensors
+    rows = [len(tensors[f"mlp_out.{e}.text.rows"]) for e in range(EXPERTS)]
+    assert rows == [min(16, n) for n in counts(folder / "run", "text")[0]]
+    assert not [key for key in tensors if key.startswith("mlp_out.") and key.endswith(".gram")]
+    own = Site("mlp_out", 0, "", (), 512, (8,), experts="mlp.experts", expert=3)
+    some = Calibration(sources=[TEXT], rows=400, gram=("mlp_out",))
+    assert rows_kept(own, some) == 50 and keeps_gram(own, some)
+    wide = Site("mlp_out", 0, "", (), 513, (8,), experts="mlp.experts", expert=3)
+    assert not keeps_gram(wide, some)
+    dense = Site("mlp_out", 0, "", (), 513, (8,))
+    assert rows_kept(dense, some) == 400 and keeps_gram(dense, some)
+
+
+def test_a_modality_that_an_expert_hardly_saw_takes_another_ones_scale(full_omni):
+    own = Site("mlp_out", 0, "", (), 8, (8,), experts="mlp.experts", expert=3)
+    assert stand_ins(own, [40, 7, 8]) == [0, 0, 2]
+    assert stand_ins(own, [3, 0, 90]) == [2, 2, 2]
+    assert stand_ins(own, [3, 1, 0]) == [0, 0, 0]
+    assert stand_ins(own, [0, 0, 0]) == [0, 0, 0]
+    assert stand_ins(Site("mlp_out", 0, "", (), 8, (8,)), [3, 1, 9]) == [0, 1, 2]
+    folder, _, _ = full_omni
+    told = 0
+    for layer, (text, vision) in enumerate(
+        zip(counts(folder / "run", "text"), counts(folder / "run", "vision"), strict=True)
+    ):
+        path = folder / "run" / "smooth" / "layers" / f"{layer:03d}.safetensors"
+        scales, notes = load_file(path), shards.read_header(path)["notes"]
+        for expert in range(EXPERTS):
+            scale = scales[f"mlp_out.{expert}.scale"]
+            if text[expert] >= 8 > vision[expert]:
+                assert torch.equal(scale[1], scale[0])
+                told += 1
+            said = notes[f"mlp_out.{expert}"]["heldout_sqnr_db"]
+            assert (said[1] is None) == (vision[expert] == 0)
+    assert told > 4
+
+
+@pytest.fixture(scope="module")
+def lopsided(tmp_path_factory):
+    """A Qwen3-VL-MoE whose routers send every token to the same two experts."""
+    folder = tmp_path_factory.mktemp("lopsided")
+    tiny_moe.save("qwen3_vl_moe", folder / "float")
+    file = folder / "float" / "model.safetensors"
+    disk = load_file(file)
+    for key in disk:
+        if key.endswith("mlp.gate.weight"):
+            disk[key] = torch.zeros_like(disk[key])
+        if ".mlp.experts." in key:  # as on the hub
+            disk[key] = disk[key].transpose(1, 2).contiguous()
+    save_file(disk, file, metadata={"format": "pt"})
+    job = job_on(folder / "float", "vision", export={"verify": False})
+    return folder, job, pipeline.run(job, folder / "run")
+
+
+@torch.no_grad()
+def test_experts_that_no_token_reached_are_quantized_all_the_same(lopsided):
+    folder, _, done = lopsided
+    tokens = done["stages"]["calibrate"]["tokens"]
+    for layer in counts(folder / "run", "text"):
+        assert sorted(layer) == [0] * 6 + [tokens["text"]] * 2
+    assert done["stages"]["calibrate"]["experts"]["text"] == {
+        "min": 0, "median": 0, "without": 12,
+    }  # fmt: skip
+    for stage in ("smooth", "compensate"):
+        for path in (folder / "run" / stage / "layers").iterdir():
+            for key, tensor in load_file(path).items():
+                assert torch.isfinite(tensor.float()).all(), key
+    # With a router that also chooses what calibration never saw, the model still works.
+    exported = Path(done["export_dir"]) / "model.safetensors"
+    disk, generator = load_file(exported), torch.Generator().manual_seed(1)
+    routers = [k for k in disk if k.endswith("mlp.gate.weight")]
+    for key in routers:
+        disk[key] = torch.randn(disk[key].shape, generator=generator)
+    save_file(disk, exported, metadata={"format": "pt"})
+    quantized, model = load_quantized(exported.parent), tiny_moe.qwen3_vl_moe()
+    before = {k: model.state_dict()[k].clone() for k in routers}
+    model.load_state_dict({k: disk[k] for k in routers}, strict=False)
+    given = tiny_moe.inputs(model)
+    real = given["attention_mask"].bool()
+    want, got = model(**given).logits[real], quantized(**given).logits[real]
+    model.load_state_dict(before, strict=False)
+    # W4A8 noise of two layers; a scale from nothing would give nonsense instead.
+    assert float((got - want).norm() / want.norm()) < 0.5
+
+
+def test_an_experts_layer_that_no_token_reaches_is_an_error(lopsided, monkeypatch, tmp_path):
+    _, job, _ = lopsided
+    monkeypatch.setattr(Experts, "forward", lambda self, x, index, weights: torch.zeros_like(x))
+    with pytest.raises(RecipeError, match="no text token reached mlp_out") as caught:
+        pipeline.run(job, tmp_path / "run", until="calibrate")
+    assert "layer 0" in caught.value.where and caught.value.hint
+    assert not calibrating.shards.is_done(tmp_path / "run/calibrate/layers/000.safetensors", "")
