@@ -19,7 +19,7 @@ from masquant_cli.data.samples import Sample
 from masquant_cli.errors import RecipeError
 from masquant_cli.models import loading
 from masquant_cli.models.capture import embed, run_layer
-from masquant_cli.models.families import FAMILIES, Family, model_class
+from masquant_cli.models.families import DECODERS, FAMILIES, Family, model_class
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.names import disk_names
 from masquant_cli.models.sites import find_sites, layers_path
@@ -127,6 +127,25 @@ def test_names_on_disk(name, folders):
     assert tied == (name in TIED)
     for key, on_disk in names.items():
         assert torch.equal(disk[on_disk], state[key]), key
+
+
+INNER = ("qwen2_audio", "voxtral", "llava", "llava_next", "llava_onevision", "internvl")
+PUBLISHED = {
+    **dict.fromkeys((*INNER, "gemma3", "mistral3"), "language_model.model.layers"),
+    **dict.fromkeys(("qwen2_vl", "phi4_multimodal", "phi3", "gemma3_text"), "model.layers"),
+    **dict.fromkeys(("qwen3_vl", "glm4v", "minicpmv4_6"), "model.language_model.layers"),
+    **dict.fromkeys(("idefics3", "smolvlm"), "model.text_model.layers"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_names_of_published_checkpoints(name):
+    """The layout of the files on the hub, whatever the module tree is called in this release."""
+    model = tiny_families.model(name)
+    disk = f"{PUBLISHED[name]}.1.mlp.down_proj.weight"
+    linear = find_sites(model)[1]["mlp_out"].linears[0]
+    assert disk_names(model, [disk]) == {f"{linear}.weight": disk}
+    assert PUBLISHED[name] in DECODERS
 
 
 @every

@@ -5,9 +5,18 @@ from pathlib import Path
 
 import pytest
 import tiny_chat
+import tiny_families
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CLIPImageProcessor,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
@@ -149,26 +158,71 @@ def test_a_vision_language_model(tmp_path, monkeypatch):
         pipeline.run(audio, tmp_path / "other")
 
 
-def test_a_text_only_model_degenerates_to_learned_smoothing(tmp_path):
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 256,
+    "pad_token_id": 257,
+}
+GEMMA = {  # one layer looks back eight tokens, the other at all of them
+    "head_dim": 16,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+TEXT_MODELS = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, GEMMA),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {}),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_a_text_only_model_degenerates_to_learned_smoothing(name, tmp_path):
     tokenizer = tiny_chat.tokenizer()
+    config, model_class, more = TEXT_MODELS[name]
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-        )
-    )
+    model = model_class(config(vocab_size=len(tokenizer), **SMALL, **more))
     folder = tmp_path / "text"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    done = pipeline.run(recipe(folder, ["text"], [TEXT]), tmp_path / "run")
-    assert done["stages"]["export"]["verified"]["text"] < 1e-5
+    verify = name != "phi3"  # a process of its own, which takes longer than all the rest
+    job = recipe(folder, ["text"], [TEXT], export={"verify": verify})
+    done = pipeline.run(job, tmp_path / "run")
+    assert not verify or done["stages"]["export"]["verified"]["text"] < 1e-5
     reloaded = load_quantized(done["export_dir"])
-    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+    tied = reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+    assert tied == (name != "phi3")
     assert done["stages"]["compensate"]["mean_residual_energy_left"] is None
+
+
+def test_a_model_and_processor_of_other_families(tmp_path):
+    """LLaVA as it comes: its own processor, a CLIP tower, a Llama, files in the old layout."""
+    tokenizer = tiny_chat.tokenizer()
+    image = tokenizer.convert_tokens_to_ids("<|IMAGE|>")
+    tower = {"model_type": "clip_vision_model", **tiny_families.TOWER}
+    text = {"model_type": "llama", "vocab_size": len(tokenizer), **SMALL}
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=tower, text_config=text, image_token_index=image)
+    folder = tmp_path / "llava"
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    side = {"height": tiny_families.SIDE, "width": tiny_families.SIDE}
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 56}, crop_size=side),
+        tokenizer=tokenizer,
+        patch_size=tiny_families.PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<|IMAGE|>",
+        chat_template=tiny_chat.TEMPLATE,
+    ).save_pretrained(folder)
+    sources = [with_media("image", "vision"), TEXT]
+    done = pipeline.run(recipe(folder, ["text", "vision"], sources), tmp_path / "run")
+    assert done["stages"]["calibrate"]["tokens"]["vision"] == 6 * 16
+    assert max(done["stages"]["export"]["verified"].values()) < 1e-5
+    disk = load_file(Path(done["export_dir"]) / "model.safetensors")
+    assert "language_model.model.layers.1.self_attn.attn_in.lr_a" in disk
