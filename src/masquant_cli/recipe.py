@@ -87,7 +87,7 @@ class Calibration(Frozen):
     tokens: dict[Modality, Annotated[int, Field(ge=1)]] = {}  # quota: enough is enough
     min_tokens: Annotated[int, Field(ge=1)] = 256  # warn below, per modality
     max_length: Annotated[int, Field(ge=8)] = 2048  # longer samples are skipped
-    batch_tokens: Annotated[int, Field(ge=1)] = 4096  # padded tokens per forward pass
+    batch_tokens: Annotated[int, Field(ge=1)] = 2048  # padded tokens per forward pass
     rows: Annotated[int, Field(ge=16)] = 512  # seeded rows kept per site and modality
     gram: tuple[SiteKind, ...] = ("attn_in", "attn_out", "mlp_in")
 
@@ -97,6 +97,11 @@ class Weights(Frozen):
     group_size: Annotated[int, Field(ge=8)] | None = None  # None: one scale per output channel
     symmetric: bool = True
     rounding: Literal["auto", "nearest", "gptq"] = "auto"  # of the base weight; auto: the method's
+
+    @property
+    def form(self) -> tuple[int, int | None, bool]:
+        """What a quantizer wants to know: bits, group size, symmetric."""
+        return self.bits, self.group_size, self.symmetric
 
     @model_validator(mode="after")
     def _asymmetric_needs_int4(self):

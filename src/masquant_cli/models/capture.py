@@ -109,14 +109,16 @@ def embed(
     """
     inputs = {k: v.to(skeleton.device) for k, v in inputs.items()}
     dry = _DryPass(skeleton, returns_tuple=False)
-    if not dry.run(inputs):
+    dry.run(inputs)
+    if dry.indexed:
         dry = _DryPass(skeleton, returns_tuple=True)
-        if not dry.run(inputs):
-            raise RecipeError(
-                "this model changes hidden states between its decoder layers "
-                f"(before layer {dry.count})", where=str(skeleton.path),
-                hint="this model family may be laid out differently than masquant expects",
-            )  # fmt: skip
+        dry.run(inputs)
+    if dry.count < len(dry.layers):
+        raise RecipeError(
+            "this model changes hidden states between its decoder layers "
+            f"(before layer {dry.count})", where=str(skeleton.path),
+            hint="this model family may be laid out differently than masquant expects",
+        )  # fmt: skip
     dry.arguments.done()
     real = inputs["attention_mask"].bool().cpu()
     keys = torch.zeros(real.shape, dtype=torch.float64) if keys is None else keys
@@ -131,9 +133,10 @@ class _DryPass:
         path = layers_path(skeleton.model, skeleton.family)
         self.layers, self.decoder = skeleton.module(path), skeleton.module(path.rpartition(".")[0])
         self.arguments, self.hidden, self.count = Arguments(), None, 0
+        self.indexed = False  # whether the decoder took [0] of what a layer returned
 
-    def run(self, inputs: dict[str, Tensor]) -> bool:
-        """False when a layer did not get what the one before it returned."""
+    def run(self, inputs: dict[str, Tensor]) -> None:
+        """`count` layers got what the one before them returned."""
         replaced: list[tuple[nn.Module, str]] = []
         handle = self.decoder.register_forward_hook(self._stop)
         try:
@@ -151,7 +154,6 @@ class _DryPass:
             handle.remove()
             for module, name in replaced:
                 delattr(module, name)  # an instance attribute hid the method
-        return self.count == len(self.layers)
 
     def _layer(self, index: int, names: inspect.Signature, *args, **kwargs):
         given = dict(names.bind_partial(*args, **kwargs).arguments)
@@ -160,6 +162,7 @@ class _DryPass:
                 given |= given.pop(name, {})
         hidden = given.pop(next(iter(given)))
         if index != self.count or (index and hidden is not self.hidden):
+            self.indexed = self.hidden is not None and hidden.shape == self.hidden.shape[1:]
             raise _Stop
         self.hidden, self.count = hidden, index + 1
         self.arguments.add({k: v for k, v in given.items() if k not in DROPPED})

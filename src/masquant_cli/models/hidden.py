@@ -73,12 +73,17 @@ class Store:
         self._held.clear(), self._shapes.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def checkpoint(self, note: dict) -> None:
-        """Remember on disk what is kept there, and the json-able `note`, for `resume`."""
+    def checkpoint(self, note: dict, dropping: Sequence[str] = ()) -> None:
+        """Remember on disk what is kept there but `dropping`, which goes, and the json-able `note`,
+        for `resume`. Nothing of that where all lies in memory."""
         if self.on_disk:
+            for name in dropping:
+                self._shapes.pop(name, None)
             partial = self.folder / f"{STATE}.partial"
             partial.write_text(json.dumps({"note": note, "shapes": self._shapes}))
             partial.replace(self.folder / STATE)
+            for name in dropping:
+                (self.folder / name).unlink(missing_ok=True)
 
     def resume(self) -> dict | None:
         """The note of an interrupted run whose tensors are there again; else None, and none are."""

@@ -63,12 +63,24 @@ def pick_device(wanted: str) -> torch.device:
 def pick_dtype(
     wanted: str, device: torch.device, config: transformers.PretrainedConfig
 ) -> torch.dtype:
-    """`auto` is the checkpoint's own dtype on a GPU and fp32 on a CPU, where bf16 is slow."""
+    """`auto` is the checkpoint's own dtype where the device has units for it: on GPUs, and bf16 on
+    CPUs that can multiply it. Other CPUs compute in fp32: bf16 takes them four times as long."""
     if wanted != "auto":
         return getattr(torch, wanted)
-    if device.type == "cpu":
-        return torch.float32
-    return getattr(config, "dtype", None) or torch.bfloat16
+    own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if device.type != "cpu":
+        return own or torch.bfloat16
+    return own if own == torch.bfloat16 and cpu_multiplies_bf16() else torch.float32
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 products (AMX, AVX512-BF16, Arm's BF16)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    flags = {flag for x in lines if x.startswith(("flags", "Features")) for flag in x.split()}
+    return bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
 
 
 def load_float(spec: recipes.Model, device: str = "auto") -> Loaded:

@@ -22,7 +22,9 @@ from masquant_cli.models.experts import routed
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.sites import LayerSites
 from masquant_cli.stages.job import Job
+from masquant_cli.stages.memory import embeds_at_once
 from masquant_cli.stages.samples import same_samples
+from masquant_cli.stages.walk import before_layers
 
 
 class Blocks:
@@ -74,7 +76,7 @@ class Blocks:
         tokens = token_ids_of(skeleton.config)
         job.progress.stage("embed", len(samples), "samples")
         found = []
-        with skeleton.materialised_names(skeleton.names_outside_layers()):
+        with before_layers(skeleton, at_once=embeds_at_once(job)):
             for sample in samples:
                 inputs = encode(skeleton.processor, [sample], for_generation=False)
                 ids = modality_ids(inputs["input_ids"], tokens, job.recipe.modalities)

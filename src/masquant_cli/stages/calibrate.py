@@ -26,7 +26,7 @@ from masquant_cli.models.sites import LayerSites, Site
 from masquant_cli.rundir import disk_errors, write_json
 from masquant_cli.stages.coverage import coverage, keeps_gram, rows_kept
 from masquant_cli.stages.job import Job
-from masquant_cli.stages.memory import room_for_hidden
+from masquant_cli.stages.memory import embeds_at_once, room_for_hidden
 from masquant_cli.stages.probes import save_probes
 from masquant_cli.stages.samples import (
     CalibrationSet,
@@ -36,6 +36,7 @@ from masquant_cli.stages.samples import (
     row_keys,
 )
 from masquant_cli.stages.share import cost, merged
+from masquant_cli.stages.walk import before_layers
 
 SCRATCH = ".scratch"  # of the stage's folder: hidden states, while it runs
 Gathered = dict[tuple[str, str], InputStatistics]  # by a site's key and a modality
@@ -105,7 +106,7 @@ def _embed(job: Job, chosen: CalibrationSet, store: Store, *, fresh: bool) -> li
     tokens = token_ids_of(skeleton.config)
     job.progress.stage("embed", len(chosen.samples), "samples")
     work = []
-    with skeleton.materialised_names(skeleton.names_outside_layers()):
+    with before_layers(skeleton, at_once=embeds_at_once(job)):
         for group in _mine(job, chosen):
             inputs = encode_group(chosen, group, skeleton.processor)
             real = inputs["attention_mask"].bool()
@@ -210,10 +211,8 @@ def _others(batch: int) -> str:
 
 def _next_layer(store: Store, work: list[Batch], layer: int, fingerprint: str) -> None:
     """What enters `layer` is complete: what entered the one before it is no longer needed."""
-    store.checkpoint({"fingerprint": fingerprint, "layer": layer})
-    if store.on_disk:
-        for index in range(len(work)):
-            store.drop(_hidden(index, layer - 1))
+    before = [_hidden(index, layer - 1) for index in range(len(work))]
+    store.checkpoint({"fingerprint": fingerprint, "layer": layer}, dropping=before)
 
 
 def _resumed(store: Store, world: World, fingerprint: str, done: list[bool]) -> int:

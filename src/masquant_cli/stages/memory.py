@@ -3,32 +3,47 @@
 import os
 from pathlib import Path
 
-from masquant_cli.models.skeleton import Skeleton
 from masquant_cli.stages.job import Job
 
 SPARE = 0.1  # of the limit, for what is not counted
+PER_PATCH = 4 * 4  # patches that a vision token is merged from, and tensors of that width alive
 SCORES = 64 << 20  # bytes of attention's own blocks and of temporaries
 
 
 def room_for_hidden(job: Job) -> int:
     """Bytes: the limit less this process as it is now, and less the larger of what embedding and
     what one decoder layer take. At least 0, which puts all on disk."""
-    limit = budget(job)
+    if job.float.device.type != "cpu":
+        return room(job)
     layer = max(layer_bytes(job, i) for i in {0, len(job.layers) // 2, len(job.layers) - 1})
-    heaviest = max(embedding_bytes(job.float), layer) if job.float.device.type == "cpu" else 0
-    return max(0, int(limit * (1 - SPARE)) - resident() - heaviest)
+    embedding = embedding_bytes(job) if embeds_at_once(job) else 0
+    return max(0, room(job) - max(embedding, layer))
+
+
+def room(job: Job) -> int:
+    """Bytes that are left of the recipe's limit, or of the machine's memory."""
+    return int(budget(job) * (1 - SPARE)) - resident()
 
 
 def budget(job: Job) -> int:
-    """Bytes that this process may use: the recipe's limit or what is free, shared with the other
-    processes on this machine."""
+    """Bytes that this process may use: the recipe's limit or the machine's memory, shared with
+    the run's other processes on this machine."""
     return (job.recipe.resources.max_bytes or machine_memory()) // job.world.local_size
 
 
-def embedding_bytes(skeleton: Skeleton) -> int:
-    """Weights of all that runs before the first decoder layer."""
-    names = skeleton.names_outside_layers()
-    return sum(skeleton.nbytes(name) for name in names)
+def embeds_at_once(job: Job) -> bool:
+    """Whether there is room for the towers and the embeddings, all at once."""
+    return job.float.device.type != "cpu" or embedding_bytes(job) <= room(job)
+
+
+def embedding_bytes(job: Job) -> int:
+    """All that runs before the first decoder layer: its weights, and activations of a batch."""
+    skeleton = job.float
+    words = skeleton.model.get_input_embeddings().weight
+    found = [skeleton.model.get_parameter(name) for name in skeleton.names_outside_layers()]
+    width = max((p.shape[0] for p in found if p.ndim > 1 and p is not words), default=0)
+    activations = PER_PATCH * job.recipe.calibration.batch_tokens * width * skeleton.dtype.itemsize
+    return sum(p.numel() * p.dtype.itemsize for p in found) + activations
 
 
 def layer_bytes(job: Job, index: int) -> int:

@@ -36,7 +36,7 @@ def walk(
     probes: model inputs by kind; ids: int64 [B, T] modalities of their tokens; positions: int64
     [k] into the B * T tokens.
     """
-    with _embedding(skeleton):
+    with before_layers(skeleton):
         work = {kind: embed(skeleton, inputs, ids[kind]) for kind, inputs in probes.items()}
     layers = skeleton.module(layers_path(skeleton.model, skeleton.family))
     for index in range(len(layers)):
@@ -49,9 +49,14 @@ def walk(
 
 
 @contextlib.contextmanager
-def _embedding(skeleton: Skeleton) -> Iterator[None]:
-    """All that runs before the first layer works inside: blocks of towers have their weights only
-    while they run, and of the word embeddings only the rows that are asked for are read."""
+def before_layers(skeleton: Skeleton, *, at_once: bool = False) -> Iterator[None]:
+    """All that runs before the first layer works inside. Unless all of it is to be in memory
+    `at_once`, blocks of towers have their weights only while they run, and of the word embeddings
+    only the rows that are asked for are read."""
+    if at_once:
+        with skeleton.materialised_names(skeleton.names_outside_layers()):
+            yield
+        return
     words = skeleton.model.get_input_embeddings()
     rows_only = type(words) is nn.Embedding and words.max_norm is None
     read_by_row = {id(words.weight)} if rows_only else set()
