@@ -22,8 +22,8 @@ SUFFIXES = (
     ".weight_scale",
     ".weight_zero_point",
 )
-# Weights that are quantized at a time: what is in between takes a few times their memory.
-CHUNK = 1 << 23
+# Weights that are quantized at a time: a few, so that what is in between stays in the cache.
+CHUNK = 1 << 20
 
 
 def export_shapes(site: Site, scheme: Scheme) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -8,7 +8,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from masquant_kernels.quantizers import quantize_weight
+import torch
+from masquant_kernels.quantizers import QWeight, quantize_weight
 from torch import Tensor
 
 from masquant_cli.algo.linear import compensated_linear
@@ -16,8 +17,11 @@ from masquant_cli.models.capture import Batch, run_layer
 from masquant_cli.models.experts import routed
 from masquant_cli.models.sites import Site
 from masquant_cli.models.skeleton import Skeleton
+from masquant_cli.recipe import Weights
 from masquant_cli.stages.job import Job
 from masquant_cli.stages.walk import Probes, walk
+
+CHUNK = 1 << 20  # weights that are rounded at a time: what is in between stays in the cache
 
 
 def reference_logits(
@@ -67,12 +71,7 @@ def _replaced(
     handles, start = [], 0
     for name, out in zip(site.linears, site.out_features, strict=True):
         module = skeleton.module(name)
-        base = quantize_weight(
-            module.weight.detach().float() * scale[0],
-            options.bits,
-            options.group_size,
-            options.symmetric,
-        )
+        base = _rounded(module.weight.detach(), scale[0], options)
         if f"{site.key}.weight" in low_rank:  # rounded by GPTQ, in the same scales
             q = low_rank[f"{site.key}.weight"][start : start + out].to(device)
             base = base._replace(q=q)
@@ -94,3 +93,15 @@ def _replaced(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _rounded(weight: Tensor, scale: Tensor, options: Weights) -> QWeight:
+    """The base weight [out, in] rounded to nearest, some rows at a time: they are independent."""
+    rows = max(1, CHUNK // weight.shape[1])
+    parts = [
+        quantize_weight(some.float() * scale, options.bits, options.group_size, options.symmetric)
+        for some in weight.split(rows)
+    ]
+    return QWeight(
+        *(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+    )
