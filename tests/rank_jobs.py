@@ -103,30 +103,40 @@ def blind(here: str, there: str) -> int:
     return 0
 
 
-def whole_runs(first: str, second: str, *overrides: str) -> int:
-    """The same recipe twice, in two folders."""
+QUICK = (
+    *(f"calibration.sources.{i}.limit=4" for i in range(4)),
+    "calibration.batch_tokens=512",
+    "export.verify=false",
+)
+
+
+def whole_runs(*folders: str) -> int:
+    """The same recipe in each of some folders."""
     from jobs import small
 
     from masquant_cli import pipeline
 
     world = distributed.join() if distributed.launched() else distributed.world()
-    for folder in (first, second):
-        pipeline.run(small(*overrides), Path(folder))
+    for folder in folders:
+        pipeline.run(small(*QUICK), Path(folder))
     world.leave()
     return 0
 
 
-def dying_run(run_dir: str, layer: int, *argv: str) -> int:
+def dying_run(run_dir: str, layer: int) -> int:
     """`masquant run` whose rank 1 is killed when calibrate comes to a layer."""
+    from jobs import SMALL
+
     from masquant_cli.cli.app import main
     from masquant_cli.stages import calibrate
 
-    through = calibrate._layer
+    advance = calibrate._advance
 
-    def dying(job, site_layer, *args, **kwargs):
-        if distributed.world().rank == 1 and site_layer.layer == layer:
+    def dying(job, at, *rest):
+        if distributed.world().rank == 1 and at.layer == layer:
             os.kill(os.getpid(), signal.SIGKILL)
-        return through(job, site_layer, *args, **kwargs)
+        return advance(job, at, *rest)
 
-    calibrate._layer = dying
-    return main(["run", *argv, "--run-dir", run_dir])
+    calibrate._advance = dying
+    changes = [word for change in (*SMALL, *QUICK) for word in ("--set", change)]
+    return main(["run", "-c", "tiny-omni-w4a8", "--run-dir", run_dir, *changes])

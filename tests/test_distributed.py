@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import rank_jobs
@@ -163,3 +164,49 @@ def test_sigterm_ends_one_process_with_143(tmp_path, monkeypatch, capsys):
     assert said.err.startswith("error: ended by SIGTERM\n  hint: run the same command again")
     assert json.loads(said.out)["error"]["exit_code"] == 143
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    ranks = launch(folder, rank_jobs.whole_runs, str(folder / "run"), size=1)
+    assert ranks.wait() == [0], ranks.said(0)
+    return folder / "run"
+
+
+def artifacts(run: Path) -> dict[str, bytes]:
+    """All that a run leaves behind but what tells of its time and its processes."""
+    files = (p for p in sorted(run.rglob("*")) if p.is_file() and p.name != "manifest.json")
+    return {p.relative_to(run).as_posix(): p.read_bytes() for p in files}
+
+
+def test_two_processes_make_what_one_makes_to_the_byte(tmp_path, alone):
+    runs = [tmp_path / name for name in ("first", "second")]
+    ranks = launch(tmp_path / "said", rank_jobs.whole_runs, *map(str, runs))
+    assert ranks.wait(200) == [0, 0], ranks.said(0) + ranks.said(1)
+    first, second = map(artifacts, runs)
+    assert first == second
+    expected = artifacts(alone)
+    assert len(expected) > 20 and first.keys() == expected.keys()
+    # Sums of batches are rounded but once, so not even these differ (docs/distributed.md).
+    assert [name for name in expected if first[name] != expected[name]] == []
+    written = json.loads((runs[0] / "smooth" / "manifest.json").read_text())
+    single = json.loads((alone / "smooth" / "manifest.json").read_text())
+    assert (written["processes"], single["processes"]) == (2, 1)
+    assert written["fingerprint"] == single["fingerprint"]
+
+
+def test_a_run_whose_rank_was_killed_is_finished_by_one_process(tmp_path, alone):
+    run = tmp_path / "run"
+    ranks = launch(tmp_path / "dying", rank_jobs.dying_run, str(run), 2)
+    assert ranks.wait(200) == [3, -signal.SIGKILL]
+    said = ranks.said(0)
+    assert "error: rank 1 died\n" in said and "Traceback" not in said and ranks.said(1) == ""
+    kept = {p: p.stat().st_mtime_ns for p in (run / "calibrate" / "layers").iterdir()}
+    assert {p.name for p in kept} >= {"000.safetensors", "001.safetensors"}
+    assert not (run / "calibrate" / "manifest.json").exists()
+    resumed = launch(tmp_path / "resumed", rank_jobs.whole_runs, str(run), size=1)
+    assert resumed.wait(200) == [0], resumed.said(0)
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    assert artifacts(run) == artifacts(alone)
