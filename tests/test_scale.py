@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-from scale import lowrank, measure, models, peers, run, vision
+from scale import document, lowrank, measure, models, peers, run, vision
 
 
 def one(seconds: float, peak: int, calibrate: float | None = None) -> dict:
@@ -118,3 +118,30 @@ def test_the_three_billion_are_qwens(tmp_path):
     weights = sum(torch.Size(shape).numel() for _, shape in vision.shapes(config))
     assert weights == 3_754_622_976  # Qwen2.5-VL-3B-Instruct's own count, its head being tied
     assert config.image_token_id == 151655
+
+
+def test_the_document_is_made_of_what_was_measured(tmp_path):
+    page = tmp_path / "scale.md"
+    page.write_text(f"above\n{document.BEGIN}\nold\n{document.END}\nbelow\n")
+    document.write(tmp_path / "none", page)
+    assert "old" not in page.read_text() and "Nothing has been measured" in page.read_text()
+    facts = {
+        "machine": {"cpu": "A CPU", "cpus": 2, "memory_gb": 23.4},
+        "versions": {"masquant": {"torch": "2.13.0"}},
+        "date": "2026-01-02T03:04:05",
+        "command": "python run.py ranks",
+    }
+    stages = {"calibrate": 5.0, "smooth": 3.0}
+    measured = {
+        "about": facts,
+        "seconds": {"1": 8.0, "2": 4.7},
+        "stage_seconds": {"1": stages, "2": stages},
+        "speedup": 1.702,
+        "at_least": 1.6,
+        "largest_relative_difference": 2e-8,
+    }
+    (tmp_path / "ranks.json").write_text(json.dumps(measured))
+    document.write(tmp_path, page)
+    text = page.read_text()
+    assert text.startswith("above\n") and text.endswith("below\n")
+    assert "**1.70x** (asked: 1.6x)" in text and "| 2 | 4.7 | 5.0 | 3.0 |" in text

@@ -54,6 +54,10 @@ def main(arguments: list[str]) -> int:
         except Exception as error:  # the other parts are independent of it
             say(f"{part} FAILED: {type(error).__name__}: {error}")
             failed.append(part)
+    if chosen.out == RESULTS:
+        from scale.document import write as write_document
+
+        write_document()
     return 1 if failed else 0
 
 
