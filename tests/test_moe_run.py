@@ -1,5 +1,8 @@
 """Mixture-of-experts models through the stages: what experts saw, and what becomes of the rest."""
 
+import copy
+import functools
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +16,7 @@ from test_families_run import TEXT, recipe, shard, with_media
 from masquant_cli import load_quantized, pipeline, shards
 from masquant_cli.data.inputs import model_inputs
 from masquant_cli.errors import RecipeError
-from masquant_cli.models.experts import Experts
+from masquant_cli.models.experts import Experts, unfuse
 from masquant_cli.models.loading import load_processor
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.sites import Site
@@ -94,35 +97,43 @@ def test_a_full_omni_becomes_a_thinker_whose_experts_have_names(full_omni):
         assert model.generate(**given, max_new_tokens=2).shape[1] > given["input_ids"].shape[1]
 
 
-def test_tokens_are_counted_by_expert_and_modality(full_omni):
-    """Against the original model's routers, run whole on the same samples."""
+def test_tokens_are_told_apart_by_expert_and_modality(full_omni):
+    """Counts and ranges against the model's own routers, run whole on the same samples."""
     folder, done, warned = full_omni
-    model = tiny_moe.qwen3_omni_moe()
-    wanted = {m: torch.zeros(2, EXPERTS, dtype=torch.long) for m in ("text", "vision", "audio")}
-    chosen_by: list[torch.Tensor] = []
-    handles = [
-        layer.mlp.gate.register_forward_hook(lambda *a: chosen_by.append(a[2][2]))
-        for layer in model.model.language_model.layers
-    ]
+    model = unfuse(copy.deepcopy(tiny_moe.qwen3_omni_moe()))
     job = job_on(folder / "float", "vision", "audio")
+    wanted = {m: torch.zeros(2, EXPERTS, dtype=torch.long) for m in job.modalities}
+    ranges = {m: torch.zeros(2, EXPERTS, tiny_moe.INNER) for m in job.modalities}
+    chosen_by, entered = {}, {}
+    for layer, module in enumerate(model.model.language_model.layers):
+        note = functools.partial(chosen_by.__setitem__, layer)
+        module.mlp.gate.register_forward_hook(lambda _m, _x, y, note=note: note(y[2]))
+        for e in range(EXPERTS):
+            note = functools.partial(entered.__setitem__, (layer, e))
+            own = module.mlp.experts.get_submodule(f"{e}.down_proj")
+            own.register_forward_hook(lambda _m, x, _y, note=note: note(x[0]))
     spec = SimpleNamespace(processor=load_processor(folder / "float"), config=model.config)
     chosen = choose_samples(job, spec, NullProgress())
-    with torch.no_grad():
-        for group in groups(job, chosen):
-            batch = encode_group(chosen, group, spec.processor)
-            chosen_by.clear()
+    for group in groups(job, chosen):
+        batch = encode_group(chosen, group, spec.processor)
+        with torch.no_grad():
             model(**model_inputs(model, batch))
-            ids = modality_ids(batch["input_ids"], token_ids_of(model.config), job.modalities)
-            ids[~batch["attention_mask"].bool()] = -1
-            for layer, experts in enumerate(chosen_by):
-                for index, name in enumerate(job.modalities):
-                    here = experts[ids.flatten() == index]
-                    wanted[name][layer] += torch.bincount(here.flatten(), minlength=EXPERTS)
-    for handle in handles:
-        handle.remove()
+        ids = modality_ids(batch["input_ids"], token_ids_of(model.config), job.modalities)
+        ids[~batch["attention_mask"].bool()] = -1
+        for layer, e in itertools.product(range(2), range(EXPERTS)):
+            mine = ids.flatten()[(chosen_by[layer] == e).any(1)]
+            for index, name in enumerate(job.modalities):
+                wanted[name][layer, e] += (mine == index).sum()
+                if (mine == index).any():
+                    seen = entered[layer, e][mine == index].abs().amax(0)
+                    ranges[name][layer, e] = ranges[name][layer, e].maximum(seen)
     said = done["stages"]["calibrate"]["experts"]
     for name, expected in wanted.items():
         assert counts(folder / "run", name) == expected.tolist()
+        for layer, e in itertools.product(range(2), range(EXPERTS)):
+            tensors = load_file(folder / f"run/calibrate/layers/{layer:03d}.safetensors")
+            found = tensors[f"mlp_out.{e}.{name}.absmax"]
+            assert torch.allclose(found, ranges[name][layer, e], rtol=1e-3, atol=1e-5)
         every = sorted(expected.flatten().tolist())
         middle = (every[7] + every[8]) / 2
         assert said[name] == {"min": every[0], "median": middle, "without": every.count(0)}
