@@ -11,7 +11,7 @@ from masquant_kernels.quantizers import QWeight, dequantize_weight, quantize_wei
 
 from masquant_cli.algo.curvature import Curvature, of_gram, of_rows
 
-CHUNK = 2**22  # weights that are in work at a time: outputs are independent of one another
+CHUNK = 2**23  # weights that are in work at a time: outputs are independent of one another
 PRECISE = 512  # up to so many channels sums are fp64, beyond fp32
 FEW = 8  # channels that see each other's errors one by one; the rest is matrix products
 

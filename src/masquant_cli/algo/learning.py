@@ -127,12 +127,12 @@ def descend(
         best, best_values = logs.detach().clone(), judge(logs.detach())
     if not modalities:
         return start, best_values
-    generator = torch.Generator().manual_seed(schedule.seed)
+    shuffles = {m: torch.Generator().manual_seed(schedule.seed) for m in modalities}
     most = max(len(problem.rows[m]) for m in modalities)
     steps = -(-most // schedule.batch_rows)
     adam = Adam(logs, schedule.learning_rate, schedule.epochs * steps)
     for _ in range(schedule.epochs):
-        orders = {m: torch.randperm(len(problem.rows[m]), generator=generator) for m in modalities}
+        orders = {m: torch.randperm(len(problem.rows[m]), generator=g) for m, g in shuffles.items()}
         for step in range(steps):
             at = torch.arange(step * schedule.batch_rows, (step + 1) * schedule.batch_rows)
             batch = {}

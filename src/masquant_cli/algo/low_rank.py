@@ -50,7 +50,7 @@ def rank_for(rank: float, in_features: int, out_features: int) -> int:
 
 def smoothed_gram(gram: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Gram [in, in] of X / s, from the Gram of X."""
-    return gram / scale / scale[:, None]
+    return (gram / scale).div_(scale[:, None])
 
 
 def output_energy(

@@ -68,6 +68,8 @@ class SiteProblem:
         """Outputs that stand for all, drawn at random, in order, i64 [k]; of small sites all."""
         n_out, n_in = self.weight.shape
         count = max(PART // n_in, FEWEST_OUTPUTS, 8 * self.rank)
+        if 2 * count > n_out:
+            return torch.arange(n_out, device=self.weight.device)
         drawn = torch.randperm(n_out, generator=torch.Generator().manual_seed(0))[:count]
         return drawn.sort().values.to(self.weight.device)
 

@@ -13,16 +13,17 @@ from masquant_cli.recipe import SITE_KINDS
 
 def solve(layer: Layer) -> dict[str, Learned]:
     options = layer.smoothing
-    scales = {kind: eq12(site, options.beta) for kind, site in layer.sites.items()}
-    said = "eq. 12"
-    if options.learn and options.epochs:
-        if options.objective == "block":
-            scales, said = layer.learn_block(scales), "eq. 14, layer"
-        else:
-            said = "eq. 14"
-            for kind, site in layer.sites.items():
-                scales[kind] = learn_mas(site, layer.schedule(kind), scales[kind])
-    return {kind: judged(site, scales[kind], said) for kind, site in layer.sites.items()}
+    learned = options.learn and options.epochs
+    if learned and options.objective == "block":
+        found = layer.learn_block({k: eq12(site, options.beta) for k, site in layer.sites.items()})
+        return {k: judged(site, found[k], "eq. 14, layer") for k, site in layer.sites.items()}
+    solved = {}
+    for kind, site in layer.sites.items():
+        scale = eq12(site, options.beta)
+        if learned:
+            scale = learn_mas(site, layer.schedule(kind), scale)
+        solved[kind] = judged(site, scale, "eq. 14" if learned else "eq. 12")
+    return solved
 
 
 METHOD = Method(

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from masquant_kernels.quantizers import dequantize_weight
+from torch import Tensor
 
 from masquant_cli import shards
-from masquant_cli.algo.linear import fake_quant_weight
 from masquant_cli.algo.low_rank import (
     EXACT_SIDE,
     LowRank,
@@ -41,9 +41,11 @@ def compensate(job: Job, folder: Path, fingerprint: str) -> dict:
     for index in dealt.mine:
         tensors: dict[str, torch.Tensor] = {}
         notes: dict[str, dict] = {}
-        statistics, scales = job.read("calibrate", index), job.read("smooth", index)
+        scales = job.read("smooth", index)
         for site in job.layers[index].sites:
-            _site(job, site, statistics, scales[f"{site.key}.scale"], tensors, notes)
+            if job.rounding != "nearest" or job.rank(site):
+                statistics = job.read("calibrate", index, f"{site.key}.")
+                _site(job, site, statistics, scales[f"{site.key}.scale"], tensors, notes)
         shards.save(files[index], tensors, fingerprint=fingerprint, notes=notes)
         job.progress.advance(1)
     job.world.barrier(folder)
@@ -65,27 +67,23 @@ def _site(
     notes: dict[str, dict],
 ) -> None:
     recipe, device = job.recipe, job.float.device
-    nearest = job.rounding == "nearest"
-    if nearest and not job.rank(site):
-        return
     problem, scale = site_problem(job, site, statistics), scale.to(device)
     rounded, how = base_weight(job, site, problem, scale, statistics)
-    if not nearest:
+    if job.rounding != "nearest":
         tensors[f"{site.key}.weight"] = rounded.q
         notes[site.key] = {"rounding": how}
     if not job.rank(site):
         return
-    weight, base, options = problem.weight, dequantize_weight(rounded), recipe.weights
+    base, some = dequantize_weight(rounded), problem.some_outputs()
     for m, name in enumerate(recipe.modalities[1:], start=1):
         if not problem.tokens[m]:  # an expert that no such token reached: nothing to go by
             continue
         key = f"{site.key}.{name}"
-        reached = weight * scale[m]
         if recipe.compensation.target == "quantized":
-            reached = fake_quant_weight(
-                reached, options.bits, options.group_size, options.symmetric
-            )
-        delta = reached - base
+            delta = problem.smoothed(scale[m])
+        else:
+            delta = problem.weight * scale[m]
+        delta -= base
         if f"{key}.gram" in statistics:
             # Divided by the token count, so that numbers do not grow with the data.
             count = max(1, int(statistics[f"{key}.count"]))
@@ -112,28 +110,26 @@ def _site(
             f"{key}.lr_b": lr_b,
             f"{key}.singular_values": found.singular_values,
         }
-        corrected = base + (lr_a.float() @ lr_b.float()).T
-        notes[key] = _report(found, weight * scale[m], reached, base, corrected, smoothed)
+        left = delta[some] - (lr_a.float() @ lr_b.float()[:, some]).T
+        missed = problem.weight[some] * scale[m] - base[some] - delta[some]
+        notes[key] = _report(
+            found, problem.weight[some] * scale[m], delta[some], left, missed, smoothed
+        )
 
 
 def _report(
-    found: LowRank,
-    smooth_weight: torch.Tensor,
-    reached: torch.Tensor,
-    base: torch.Tensor,
-    corrected: torch.Tensor,
-    x: dict,
+    found: LowRank, weight: Tensor, delta: Tensor, left: Tensor, missed: Tensor, x: dict
 ) -> dict:
     """What the stored (fp16) correction leaves for the inputs `x` (a Gram or rows).
 
-    Effective ranks only where all of the spectrum is known.
+    Of some outputs, of small sites all: the smoothed weight, the residual, what is left of it, and
+    what the residual does not reach for. Effective ranks only where all of the spectrum is known.
     """
-    delta = reached - base
-    energy, left = (output_energy(w, **x) for w in (delta, reached - corrected))
-    signal, noise = (output_energy(w, **x) for w in (smooth_weight, smooth_weight - corrected))
+    energy, rest = output_energy(delta, **x), output_energy(left, **x)
+    signal, noise = output_energy(weight, **x), output_energy(left + missed, **x)
     note = {
         "rank": found.lr_b.shape[0],
-        "residual_energy_left": round(left / max(energy, 1e-30), 6),
+        "residual_energy_left": round(rest / max(energy, 1e-30), 6),
         "predicted_sqnr_db": round(10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30)), 3),
     }
     if found.complete and min(delta.shape) <= EXACT_SIDE:  # a note must not cost more than the work

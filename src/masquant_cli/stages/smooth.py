@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,34 +72,54 @@ def _solve(
     Of an expert that too few tokens of a modality reached, that modality's scale is another's
     (stand_ins); of one that no token reached, scales are one.
     """
-    problem = _problem(job, layer, sensitivity, block)
-    seen = {key: site for key, site in problem.sites.items() if any(site.tokens)}
-    solved = find(job.recipe.method).solve(replace(problem, sites=seen))
-    found: dict[str, Learned] = {}
-    for site in layer.sites:
-        tokens = problem.sites[site.key].tokens
-        if site.key in solved:
-            one = solved[site.key]
-            errors = tuple(e if n else None for e, n in zip(one.error, tokens, strict=True))
-            scale = one.scale[stand_ins(site, tokens)]
-            found[site.key] = replace(one, scale=scale, error=errors)
-        else:
-            ones = torch.ones_like(problem.sites[site.key].absmax)
-            found[site.key] = Learned(ones, (None,) * len(tokens), "no tokens")
-    return found
-
-
-def _problem(job: Job, layer: LayerSites, sensitivity: Sensitivity, block: Blocks) -> Layer:
-    statistics = job.read("calibrate", layer.layer)
+    counts = job.read("calibrate", layer.layer, suffix=".count")
+    tokens = {
+        site.key: tuple(int(counts[f"{site.key}.{m}.count"]) for m in job.recipe.modalities)
+        for site in layer.sites
+    }
     seed = job.recipe.seed * 7919 + layer.layer * 31
-    return Layer(
+    problem = Layer(
         modalities=job.recipe.modalities,
-        sites={site.key: site_problem(job, site, statistics) for site in layer.sites},
+        sites=_Problems(job, [site for site in layer.sites if any(tokens[site.key])]),
         smoothing=job.recipe.smoothing,
         seeds={site.key: seed + s for s, site in enumerate(layer.sites)},
         sensitivity=functools.partial(sensitivity.of, layer.layer),
         block=functools.partial(block.at, layer.layer),
     )
+    solved = find(job.recipe.method).solve(problem)
+    found: dict[str, Learned] = {}
+    for site in layer.sites:
+        if site.key in solved:
+            one, known = solved[site.key], tokens[site.key]
+            errors = tuple(e if n else None for e, n in zip(one.error, known, strict=True))
+            scale = one.scale[stand_ins(site, known)]
+            found[site.key] = replace(one, scale=scale, error=errors)
+        else:
+            ones = torch.ones(len(job.recipe.modalities), site.in_features)
+            found[site.key] = Learned(ones, (None,) * len(ones), "no tokens")
+    return found
+
+
+class _Problems(Mapping):
+    """The layer's sites by key, each read when it is asked for and forgotten after the next: one
+    weight in memory, however many experts there are."""
+
+    def __init__(self, job: Job, sites: list[Site]):
+        self._job, self._sites = job, {site.key: site for site in sites}
+        self._last: tuple[str, SiteProblem] | None = None
+
+    def __getitem__(self, key: str) -> SiteProblem:
+        if self._last is None or self._last[0] != key:
+            self._last, site = None, self._sites[key]
+            statistics = self._job.read("calibrate", site.layer, f"{key}.")
+            self._last = key, site_problem(self._job, site, statistics)
+        return self._last[1]
+
+    def __iter__(self):
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
 
 
 def site_problem(job: Job, site: Site, statistics: dict[str, torch.Tensor]) -> SiteProblem:
