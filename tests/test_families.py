@@ -181,7 +181,7 @@ def test_layer_by_layer_equals_the_full_forward(name, folders, monkeypatch):
 class Solved(Job):
     """A job whose stages before the export are made up, as tiny_quantized makes them up."""
 
-    def read(self, stage: str, layer: int) -> dict[str, torch.Tensor]:
+    def read(self, stage: str, layer: int, prefix="", suffix="") -> dict[str, torch.Tensor]:
         found = {}
         for site in self.layers[layer].sites:
             scale, low_rank = solved_site(site, self.scheme, seed=layer)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from masquant_kernels.quantizers import quantize_weight
 
+from masquant_cli.algo import site as site_module
 from masquant_cli.algo.joint import learn_joint
-from masquant_cli.algo.learning import Schedule, learn_mas
+from masquant_cli.algo.learning import Adam, Schedule, learn_mas, learn_uniform
 from masquant_cli.algo.linear import (
     compensated_linear,
     fake_quant_rows,
@@ -153,3 +154,81 @@ def test_closed_form_survives_channels_that_never_fired():
     s = closed_form_scale(torch.tensor([4.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 0.0]))
     assert torch.isfinite(s).all() and (s > 0).all()
     assert s[0] == 2.0
+
+
+@pytest.mark.parametrize("bits, group, symmetric", [(4, None, True), (4, 8, False), (8, 16, True)])
+def test_the_gradient_of_a_rounded_weight_is_that_of_its_formula(bits, group, symmetric):
+    g = torch.Generator().manual_seed(1)
+    w = torch.randn(9, 16, generator=g)
+    w[0], w[1], w[2] = w[0].abs(), 0, -w[2].abs()  # one end at zero, both, the other
+    seen = torch.randn(9, 16, generator=g)
+    found = w.clone().requires_grad_()
+    value = fake_quant_weight_ste(found, bits, group, symmetric)
+    assert torch.equal(value, fake_quant_weight(w, bits, group, symmetric))
+    (value * seen).sum().backward()
+    spelt = w.clone().requires_grad_()
+    parts = spelt.reshape(9, -1, group or 16)
+    if symmetric:
+        step = parts.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    else:
+        high, low = parts.amax(-1, keepdim=True), parts.amin(-1, keepdim=True)
+        step = (high.clamp_min(0) - low.clamp_max(0)) / 15
+    rest = (value.detach().reshape(parts.shape) - parts.detach()) / step.detach().clamp_min(1e-30)
+    ((parts + rest * step).reshape(9, 16) * seen).sum().backward()
+    torch.testing.assert_close(found.grad, spelt.grad, rtol=1e-4, atol=1e-4)
+    assert float((found.grad - seen).abs().max()) > 1e-3  # the step's part of it
+
+
+def test_adam_is_torchs_with_a_cosine_rate():
+    g = torch.Generator().manual_seed(2)
+    ours = torch.randn(3, 5, generator=g)
+    theirs = ours.clone().requires_grad_()
+    adam = Adam(ours, 0.05, steps=7)
+    known = torch.optim.Adam([theirs], lr=0.05, betas=(0.9, 0.95))
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(known, 7, eta_min=0.0025)
+    for _ in range(7):
+        theirs.grad = torch.randn(3, 5, generator=g)
+        adam.step(theirs.grad.clone())
+        known.step()
+        cosine.step()
+    torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_large_site_is_learned_on_a_part_that_speaks_for_the_whole(monkeypatch):
+    problem = site()
+    whole = learn_joint(problem, SCHEDULE, eq12(problem))
+    monkeypatch.setattr(site_module, "FEWEST_OUTPUTS", 16)
+    monkeypatch.setattr(site_module, "PART", 1)
+    assert len(problem.some_outputs()) == 40  # 8 outputs for each of 3 columns are most of them
+    problem = replace(problem, rank=1)
+    part = problem.part()
+    some = problem.some_outputs()
+    assert torch.equal(part.weight, problem.weight[some]) and len(some.unique()) == 16
+    assert part.part() is part and torch.equal(part.absmax_w, problem.absmax_w)
+    assert torch.equal(eq12(part), eq12(problem))
+    found = learn_joint(problem, SCHEDULE, eq12(problem))
+    assert found.error == heldout_error(problem, found.scale)  # of all outputs
+    assert sum(found.error) < 0.9 * sum(heldout_error(problem, eq12(problem)))
+    assert sum(heldout_error(replace(problem, rank=3), found.scale)) < 1.3 * sum(whole.error)
+
+
+@pytest.mark.parametrize("silent", [(0,), (1,), (1, 2), (0, 1, 2)])
+def test_modalities_without_rows_have_no_say_and_harm_nothing(silent):
+    problem = site()
+
+    def without(parts):
+        return tuple(x[:0] if m in silent else x for m, x in enumerate(parts))
+
+    problem = replace(problem, rows=without(problem.rows), heldout=without(problem.heldout))
+    closed = eq12(problem)
+    for scale in (
+        learn_mas(problem, SCHEDULE, closed),
+        learn_joint(problem, SCHEDULE, closed).scale,
+        learn_uniform(problem, SCHEDULE, closed[0])[None],
+    ):
+        assert bool(torch.isfinite(scale).all()) and float(scale.min()) > 0
+    learned = learn_mas(problem, SCHEDULE, closed)
+    for m in range(3):
+        assert torch.equal(learned[m], closed[m]) == (m in silent)
+    error = learn_joint(problem, SCHEDULE, closed).error
+    assert [e == 0 for e in error] == [m in silent for m in range(3)]

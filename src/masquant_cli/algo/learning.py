@@ -57,7 +57,10 @@ def learn_mas(
             for m in range(len(logs))
         ]
 
-    return descend(start, loss, judge, problem, schedule, learning)[0]
+    best, _ = descend(start, loss, judge, problem, schedule, learning)
+    learned = start.clone()
+    learned[learning] = best[learning]
+    return learned
 
 
 def learn_uniform(problem: SiteProblem, schedule: Schedule, start: torch.Tensor) -> torch.Tensor:
