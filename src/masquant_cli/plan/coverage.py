@@ -5,14 +5,14 @@ never fetched for a plan, its tokens are what the recipe asks for.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from masquant_cli.data.chat import kinds_of, modality_of
 from masquant_cli.data.sources import local_files
 from masquant_cli.errors import RecipeError
 from masquant_cli.plan.subject import Subject
 from masquant_cli.progress import NullProgress
-from masquant_cli.stages.samples import CalibrationSet, choose_samples, encode_group, groups
+from masquant_cli.stages.samples import choose_samples, groups
 
 PATIENCE = 6.0  # seconds for choosing samples
 SAMPLE_TOKENS = 512  # of a sample that nobody looked at
@@ -21,7 +21,7 @@ SAMPLE_TOKENS = 512  # of a sample that nobody looked at
 @dataclass(frozen=True)
 class Coverage:
     """Tokens by modality, how they are known (chosen | estimated | unknown), the padded batches
-    [samples, length], and how long choosing and encoding once took."""
+    [samples, length], and how long choosing took, which encodes every sample once."""
 
     tokens: dict[str, int]
     known: str
@@ -29,8 +29,6 @@ class Coverage:
     batches: tuple[tuple[int, int], ...]
     skipped_long: int = 0
     choosing: float = 0.0
-    encoding: float = 0.0
-    chosen: CalibrationSet | None = None
 
     @property
     def padded(self) -> int:
@@ -64,16 +62,15 @@ def cover(subject: Subject) -> Coverage:
     try:
         chosen = choose_samples(recipe, skeleton, watch)
     except _Enough:
-        return _assumed(subject, "estimated", watch.tokens / max(1, watch.samples))
+        each = watch.tokens / max(1, watch.samples)
+        found = _assumed(subject, "estimated", each)
+        return replace(found, choosing=PATIENCE * found.samples / max(1, watch.samples))
     choosing = time.perf_counter() - watch.began
     formed = groups(recipe, chosen)
-    began = time.perf_counter()
-    encode_group(chosen, formed[-1], skeleton.processor)
-    share = len(formed[-1]) / max(1, len(chosen.samples))
     batches = tuple((len(g), max(chosen.lengths[i] for i in g)) for g in formed)
     return Coverage(
         dict(chosen.tokens), "chosen", len(chosen.samples), batches, chosen.skipped_long,
-        choosing, (time.perf_counter() - began) / max(share, 1e-9), chosen,
+        choosing,
     )  # fmt: skip
 
 

@@ -15,10 +15,10 @@ from masquant_cli.plan.machine import Elsewhere, Here
 from masquant_cli.plan.subject import Subject, carried, size
 from masquant_cli.plan.tape import Tape, record
 from masquant_cli.plan.work import META, Kind
-from masquant_cli.stages.memory import embedding_bytes
 
 TOWER = 4  # positions in a tower for each token that it gives
 STARTING = 8.0  # seconds until a fresh process answers
+KEPT = 100 << 20  # bytes that allocators and libraries hold on to, measured
 LAYER_CALL = 2e-4  # seconds of Python per layer and batch
 
 
@@ -66,8 +66,8 @@ class Planner:
         batches = cover.padded / (samples * length)
         mix = {m: int(n * samples * length / max(1, sum(cover.tokens.values())))
                for m, n in cover.tokens.items()}  # fmt: skip
-        outside = embedding_bytes(job.float)
-        seconds = self.subject.seconds + cover.choosing + 1.5 * cover.encoding
+        outside = job.float.nbytes(*job.float.names_outside_layers())
+        seconds = self.subject.seconds + 1.8 * cover.choosing
         tower = self._tower()
         seconds += outside * machine.reading + machine.seconds(tower) / machine.processes
         peak = outside + tower.peak
@@ -133,7 +133,7 @@ class Planner:
         self, seconds: float, peak: int, disk: int, *, also: int = 0, spilled: int = 0
     ) -> Prediction:
         """`also` stays on the CPU on a machine with a GPU, where `peak` is the GPU's."""
-        ram = self.base + also + (min(peak, 2 << 30) if self.gpu else peak)
+        ram = self.base + KEPT + also + (min(peak, 2 << 30) if self.gpu else peak)
         return Prediction(seconds, ram, peak if self.gpu else 0, disk + spilled)
 
     def _statistics(self, kind: Kind) -> int:

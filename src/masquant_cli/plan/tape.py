@@ -100,6 +100,10 @@ class _Recorder(TorchDispatchMode):
                     self.agreed[leaf.untyped_storage()] = True
         return out
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first operation imports the compiler, which takes seconds
+
     @staticmethod
     def _makes_meta(kwargs) -> bool:
         device = kwargs.get("device")
@@ -151,6 +155,8 @@ class _Found:
         if isinstance(value, list | tuple):
             return tuple(map(self.shapes, value))
         self.other = True
+        if isinstance(value, float):  # a step's rate, say: it costs what any other does
+            return 1.0
         return None if isinstance(value, torch.Generator) else value
 
 

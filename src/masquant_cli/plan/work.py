@@ -8,21 +8,24 @@ are timed as a whole. What a layer's forward costs is taken from its linears.
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from masquant_cli.algo import low_rank
+from masquant_cli.algo.site import SiteProblem
 from masquant_cli.algo.statistics import InputStatistics
 from masquant_cli.methods import find
+from masquant_cli.methods.method import Layer
 from masquant_cli.models.sites import LayerSites, Site
 from masquant_cli.plan.tape import Call, Shape, Tape, record
 from masquant_cli.runtime.pack import export_tensors
-from masquant_cli.stages import base_weight, compensate, smooth
+from masquant_cli.stages import base_weight, compensate
 from masquant_cli.stages.coverage import keeps_gram, rows_kept
 from masquant_cli.stages.job import Job
+from masquant_cli.stages.smooth import site_problem
 
 META = torch.device("meta")
 TAPED_EPOCHS = 2  # those after the first are all alike
@@ -154,16 +157,44 @@ def _solved(job: Job, layer: LayerSites, tokens: Mapping[str, int], epochs: int)
     planned.float, planned.layers = job.float, job.layers
     found = Tape()
     for sites, times in _alike(layer):
-        one = replace(layer, sites=sites)
         with _without_numbers() as recorder:
-            known: dict[str, Tensor] = {}
-            for site in sites:
-                known |= statistics(planned, site, tokens)
-            planned.read = lambda stage, number, known=known: known
-            problem = smooth._problem(planned, one, _Nothing(), _Nothing())
-            find(recipe.method).solve(problem)
-            found = found.plus(recorder.tape, times)
+            find(recipe.method).solve(
+                Layer(
+                    modalities=recipe.modalities,
+                    sites=_Problems(planned, sites, tokens),
+                    smoothing=options,
+                    seeds={site.key: 0 for site in sites},
+                    sensitivity=lambda sites=sites: _equal(planned, sites),
+                    block=_refuse,
+                )
+            )
+        found = found.plus(recorder.tape, times)
     return found
+
+
+class _Problems(Mapping):
+    """The problems of a layer's sites by key, made when asked for: memory is that of one."""
+
+    def __init__(self, job: Job, sites: Sequence[Site], tokens: Mapping[str, int]):
+        self.job, self.tokens, self.sites = job, tokens, {site.key: site for site in sites}
+
+    def __getitem__(self, key: str) -> SiteProblem:
+        site = self.sites[key]
+        return site_problem(self.job, site, statistics(self.job, site, self.tokens))
+
+    def __iter__(self):
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+
+def _equal(job: Job, sites: Sequence[Site]) -> dict[str, Tensor]:
+    return {site.key: torch.ones(len(job.recipe.modalities)) for site in sites}
+
+
+def _refuse():
+    raise NotImplementedError("whole layers are not run on shapes")
 
 
 def compensated(job: Job, layer: LayerSites, tokens: Mapping[str, int]) -> tuple[Tape, int]:
@@ -213,13 +244,6 @@ def _alike(layer: LayerSites) -> list[tuple[tuple[Site, ...], int]]:
     return [(plain, 1), *(((alike[0],), len(alike)) for alike in found.values())]
 
 
-class _Nothing:
-    def of(self, *_):
-        raise NotImplementedError
-
-    at = of
-
-
 @contextlib.contextmanager
 def _without_numbers() -> Iterator:
     """Record what functions do that look at numbers."""
@@ -235,11 +259,14 @@ def _without_numbers() -> Iterator:
             finally:
                 recorder.scalars.clear()
 
-        def rounded(weight, gram, *form, **options):
-            shapes = tuple(Shape(tuple(t.shape), t.stride(), t.dtype) for t in (weight, gram))
+        def rounded(weight, gram, *form, rows=None, **options):
+            shapes = tuple(
+                None if t is None else Shape(tuple(t.shape), t.stride(), t.dtype)
+                for t in (weight, gram, rows)
+            )
             recorder.tape.calls[Call(gptq, (*shapes, form))] += 1
-            out, width = weight.shape
-            recorder.use(8 * (4 * out * width + 3 * width * width))
+            width = weight.shape[1]  # GPTQ says what it holds beside the Gram
+            recorder.use(8 * width * ((2 * width) if rows is None else 2 * len(rows)))
             return base_weight.quantize_weight(weight, *form)
 
         low_rank.top_eigenvectors, base_weight.gptq_round = blocks, rounded

@@ -1,0 +1,324 @@
+"""A plan counts what the code does, and says in bytes what a run then writes and holds."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import small
+from safetensors import safe_open
+
+from masquant_cli import pipeline, plan
+from masquant_cli.algo.low_rank import best_low_rank, rank_for
+from masquant_cli.algo.site import SiteProblem
+from masquant_cli.cli import app
+from masquant_cli.errors import RecipeError
+from masquant_cli.methods import find
+from masquant_cli.methods.method import Layer
+from masquant_cli.plan import rates, work
+from masquant_cli.plan.machine import elsewhere
+from masquant_cli.plan.rates import Bench
+from masquant_cli.plan.subject import open_subject
+from masquant_cli.plan.tape import Call, Shape, Tape, record
+from masquant_cli.recipe import Smoothing
+
+META = torch.device("meta")
+
+
+def make(*size: int, device="cpu") -> torch.Tensor:
+    return torch.rand(*size) + 0.1 if device == "cpu" else torch.empty(*size, device=META)
+
+
+def problem(out: int, width: int, device: str, rows: int = 40, rank: int = 6) -> SiteProblem:
+    return SiteProblem(
+        weight=make(out, width, device=device),
+        rows=tuple(make(rows, width, device=device) for _ in range(3)),
+        heldout=tuple(make(9, width, device=device) for _ in range(3)),
+        absmax=make(3, width, device=device),
+        mean_abs=make(3, width, device=device),
+        tokens=(70, 80, 90),
+        weight_bits=4,
+        group_size=None,
+        symmetric=True,
+        activation_bits=8,
+        rank=rank,
+        loss_weights=(1.0, 1.0, 1.0),
+    )
+
+
+class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+    """Matrix products of real numbers, by their shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            key = tuple(tuple(a.shape) for a in args)
+            self.seen[key] = self.seen.get(key, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["masquant-joint", "masquant", "awq", "smoothquant"])
+def test_a_tape_has_the_products_that_the_method_then_does(method):
+    def solve(device):
+        sites = {"attn_in": problem(37, 24, device), "mlp_out": problem(24, 56, device)}
+        layer = Layer(
+            modalities=("text", "vision", "audio"), sites=sites,
+            smoothing=Smoothing(epochs=2, batch_rows=16), seeds=dict.fromkeys(sites, 1),
+            sensitivity=None, block=None,
+        )  # fmt: skip
+        find(method).solve(layer)
+
+    with record() as recorder:
+        solve("meta")
+    counting = Counting()
+    with counting:
+        solve("cpu")
+    found = {}
+    for call, n in recorder.tape.calls.items():
+        if call.op is torch.ops.aten.mm.default:
+            key = tuple(shape.size for shape in call.tensors)
+            found[key] = found.get(key, 0) + n
+    assert sum(counting.seen.values()) > 4
+    flops = {k: n * k[0][0] * k[0][1] * k[1][1] for k, n in counting.seen.items()}
+    taped = {k: n * k[0][0] * k[0][1] * k[1][1] for k, n in found.items()}
+    # Which candidate wins, only numbers tell: a few products more or less.
+    assert sum(taped.values()) == pytest.approx(sum(flops.values()), rel=0.1)
+
+
+def test_epochs_beyond_the_taped_ones_are_counted_as_often():
+    subject = open_subject(small("smoothing.epochs=4", "calibration.rows=16"), "cpu")
+    job, layer = subject.job, subject.job.layers[0]
+    layer = replace(layer, sites=layer.sites[1:2])
+    tokens = {"text": 200, "vision": 90, "audio": 80}
+    whole = work._solved(job, layer, tokens, 4)
+    assert work.solved(job, layer, tokens).calls == whole.calls
+
+
+def test_corrections_take_the_blocks_that_they_expect():
+    delta, gram = make(700, 600, device="meta"), make(600, 600, device="meta")
+    rank = rank_for(0.05, 600, 700)
+    with work._without_numbers() as recorder:
+        best_low_rank(delta, rank, gram=gram)
+    shapes = [c.tensors[0].size for c in recorder.tape.calls if rates.name_of(c) == "linalg_eigh"]
+    assert len(shapes) == work.low_rank.BLOCKS  # one more block each time
+    assert max(shapes) == (work.low_rank.BLOCKS * (rank + work.low_rank.OVERSAMPLE),) * 2
+
+
+def test_memory_is_that_of_all_tensors_alive_at_once():
+    with record() as recorder:
+        a = torch.empty(100, 7, device=META)  # 2800 bytes
+        b = a + 1
+        view = b.T
+        del a
+        c = view @ b  # [7, 7]
+        del b, view, c
+        torch.empty(1000, dtype=torch.int8, device=META)
+    assert recorder.tape.peak == 2 * 2800
+    assert recorder.alive == 0
+    twice = recorder.tape.plus(recorder.tape, 2)
+    assert twice.peak == 5600
+    assert all(n == 3 * recorder.tape.calls[c] for c, n in twice.calls.items())
+
+
+def test_an_operation_too_large_to_time_is_timed_in_part(monkeypatch):
+    shape = Shape((4096, 4096), (4096, 1), torch.float32)
+    column = Shape((4096, 9), (9, 1), torch.float32)
+    call = Call(torch.ops.aten.mm.default, ((shape, column), ()))
+    assert rates._smaller(call) == (call, 1.0)
+    monkeypatch.setattr(rates, "LARGE", 4e6)
+    part, factor = rates._smaller(call)
+    a, b = part.tensors
+    assert a.size[1] == b.size[0] < 4096 and b.size[1] == 9
+    assert factor == pytest.approx(4096 / a.size[0])
+    square = Call(torch.ops.aten.linalg_eigh.default if hasattr(torch.ops.aten, "linalg_eigh")
+                  else torch.ops.aten._linalg_eigh.default, ((shape,), ()))  # fmt: skip
+    part, factor = rates._smaller(square)
+    assert factor == pytest.approx((4096 / part.tensors[0].size[0]) ** 3)
+
+
+def test_what_the_budget_does_not_reach_is_estimated():
+    shape = Shape((300, 200), (200, 1), torch.float32)
+    calls = {Call(torch.ops.aten.mul.Tensor, ((shape, i), ())): 5 for i in range(20)}
+    every, none = Bench(torch.device("cpu")), Bench(torch.device("cpu"), budget=0.0)
+    taped = Tape()
+    taped.calls.update(calls)
+    assert every.seconds(taped) > 0 and len(every.known) == 20
+    assert none.seconds(taped) > 0 and not none.known
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """A plan of a small job with every feature, and what its run then did."""
+    recipe = small()
+    run_dir = tmp_path_factory.mktemp("plan") / "run"
+    found = plan.predict(recipe, run_dir)
+    assert not run_dir.exists() and not list(run_dir.parent.iterdir())  # nothing is left behind
+    return found, pipeline.run(recipe, run_dir), run_dir, recipe
+
+
+def tensors(folder: Path) -> int:
+    total = 0
+    for file in folder.glob("layers/*.safetensors"):
+        with safe_open(file, framework="pt") as shard:
+            total += sum(shard.get_tensor(name).nbytes for name in shard.keys())
+    return total
+
+
+def test_disk_and_size_are_exact(planned):
+    found, done, run_dir, _ = planned
+    for stage in ("calibrate", "smooth", "compensate"):
+        assert found["stages"][stage]["disk_bytes"] == tensors(run_dir / stage), stage
+    model = run_dir / "export" / "model"
+    assert found["size"]["files"] == sum(f.stat().st_size for f in model.glob("*.safetensors"))
+    exported = done["stages"]["export"]
+    for key, value in exported["bytes"].items():
+        assert found["size"][key] == value, key
+    assert found["size"]["bits_per_weight"] == exported["bits_per_weight"]
+
+
+def test_memory_is_predicted_within_a_quarter(planned):
+    found, done, _, _ = planned
+    for stage, costs in found["stages"].items():
+        measured = done["stages"][stage]["peak_bytes"]
+        assert costs["peak_bytes"] == pytest.approx(measured, rel=0.25), stage
+
+
+def test_tokens_are_those_that_calibrate_sees(planned):
+    found, done, _, _ = planned
+    assert found["coverage"]["known"] == "chosen"
+    assert found["coverage"]["tokens"] == done["stages"]["calibrate"]["tokens"]
+    assert found["coverage"]["samples"] == done["stages"]["calibrate"]["samples"]
+
+
+def test_what_is_quantized_and_what_is_not(planned):
+    found = planned[0]
+    assert found["matched"]["mlp_in"] == {
+        "sites": 4, "linears": ["gate_proj", "up_proj"], "in": 256, "out": [768, 768],
+        "weights": 4 * 2 * 256 * 768, "rank": 12, "padded_inputs": 0,
+    }  # fmt: skip
+    total = sum(site["weights"] for site in found["matched"].values())
+    assert total * 2 == found["size"]["float"]
+    left = {row["module"]: row["bytes"] for row in found["ignored"]}
+    assert {"model.visual", "model.audio_tower", "lm_head"} <= set(left)
+    assert sum(left.values()) + total * 2 == found["size"]["source"]
+
+
+def test_every_stage_has_a_cost(planned):
+    found = planned[0]
+    assert list(found["stages"]) == ["calibrate", "smooth", "compensate", "export"]
+    for stage in found["stages"].values():
+        assert stage["seconds"] > 0 and stage["peak_bytes"] > 1 << 20
+        assert stage["peak_gpu_bytes"] == 0
+    assert found["problems"] == [] and found["measured"]
+
+
+def test_what_does_not_fit_is_exit_code_3(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage)
+    sets = [x for o in small_sets() for x in ("--set", o)]
+    line = ["smooth", "-c", "tiny-omni-w4a8", "--dry-run", "--json", *sets]
+    code = app.main([*line, "--set", "resources.max_memory=20MB"])
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert code == 3 and len(document["prediction"]["problems"]) == 3
+    assert "error: smooth needs" in err and "0.0 GB may be used" in err
+    assert "has 0.0 GB left" in err
+    assert list(document["prediction"]["stages"]) == ["calibrate", "smooth"]
+    assert not (tmp_path / "runs").exists()
+
+
+def small_sets():
+    from jobs import SMALL
+
+    return [*SMALL, "method=rtn", "weights.bits=8"]
+
+
+def test_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sets = [x for o in small_sets() for x in ("--set", o)]
+    assert app.main(["run", "-c", "tiny-omni-w4a8", "--dry-run", *sets]) == 0
+    out = capsys.readouterr().out
+    assert "gate_proj, up_proj" in out and "256 -> 768 + 768" in out and "model.visual" in out
+    assert "bits per quantized weight" in out and "text tokens" in out and "in all:" in out
+    assert app.main(["run", "-c", "tiny-omni-w4a8", "--on", "h200"]) == 2
+    assert "--on is for --dry-run" in capsys.readouterr().err
+
+
+# Sizes of published models, from their config.json.
+QWEN_VL = {
+    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+           "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
+    "72B": {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
+            "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 152064},
+}  # fmt: skip
+
+
+def qwen_vl(folder: Path, size: str) -> Path:
+    """config.json of Qwen2.5-VL at a size, without weights."""
+    text = QWEN_VL[size]
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+              "out_hidden_size": text["hidden_size"], "patch_size": 14, "window_size": 112,
+              "fullatt_block_indexes": [7, 15, 23, 31]}  # fmt: skip
+    config = {
+        **text, "model_type": "qwen2_5_vl", "torch_dtype": "bfloat16",
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "vision_config": vision,
+        "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "rope_theta": 1000000.0, "tie_word_embeddings": False,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("size", "weights"), [("7B", 6.525e9), ("72B", 70.17e9)])
+def test_a_large_model_from_its_config_alone(tmp_path, size, weights):
+    folder = qwen_vl(tmp_path / "model", size)
+    recipe = small(
+        f"model.path={folder}", "modalities=[text,vision]", "calibration.rows=512",
+        "method=smoothquant", "compensation.rank=0.05",
+    )  # fmt: skip
+    found = plan.predict(recipe, tmp_path / "run", on="h200x8")
+    assert found["model"] == {"path": str(folder), "known_from": "config", "dtype": "bfloat16"}
+    total = sum(site["weights"] for site in found["matched"].values())
+    assert total == pytest.approx(weights, rel=0.002)
+    assert found["size"]["float"] == 2 * total
+    # 4 bits, one fp32 scale per output channel, no correction with this method.
+    assert 4.0 < found["size"]["bits_per_weight"] < 4.02
+    assert not found["measured"] and "8 x NVIDIA H200" in found["on"]
+    assert all(s["peak_gpu_bytes"] < 141e9 for s in found["stages"].values())
+    assert found["coverage"]["known"] == "unknown"
+
+
+def test_more_cards_are_faster_and_unknown_ones_refused(tmp_path):
+    shape = Shape((4096, 4096), (4096, 1), torch.bfloat16)
+    taped = Tape()
+    taped.calls[Call(torch.ops.aten.mm.default, ((shape, shape), ()))] = 3
+    card = elsewhere("h200")
+    assert card.seconds(taped) == pytest.approx(3 * 2 * 4096**3 / (989e12 * card.card.share))
+    assert elsewhere("h200x8").processes == 8
+    with pytest.raises(RecipeError, match="no machine is known"):
+        plan.predict(small(), tmp_path, on="abacus")
+
+
+def test_a_group_size_that_does_not_divide_is_said_before_anything(tmp_path):
+    with pytest.raises(RecipeError, match="group_size 96 does not divide the 256 inputs"):
+        plan.predict(small("weights.group_size=96"), tmp_path)
+
+
+def test_a_model_on_the_hub_is_not_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", _absent)
+    recipe = small("model.path=nobody/nothing")
+    assert plan.predict(recipe, tmp_path) is None
+
+
+def _absent(*_, local_files_only=False, **__):
+    assert local_files_only
+    raise OSError("not here")
