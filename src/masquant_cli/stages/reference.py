@@ -5,12 +5,12 @@ against it.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from masquant_kernels.quantizers import QWeight, quantize_weight
-from torch import Tensor
+from torch import Tensor, nn
 
 from masquant_cli.algo.linear import compensated_linear
 from masquant_cli.models.capture import Batch, run_layer
@@ -19,7 +19,7 @@ from masquant_cli.models.sites import Site
 from masquant_cli.models.skeleton import Skeleton
 from masquant_cli.recipe import Weights
 from masquant_cli.stages.job import Job
-from masquant_cli.stages.walk import Probes, walk
+from masquant_cli.stages.walk import Probes, instead_of, walk
 
 CHUNK = 1 << 20  # weights that are rounded at a time: what is in between stays in the cache
 
@@ -40,7 +40,8 @@ def reference_logits(
         with skeleton.materialised(layer.module), contextlib.ExitStack() as stack:
             now = _Now()
             for site in layer.sites:
-                stack.enter_context(_replaced(job, skeleton, site, scales, low_rank, now))
+                for module, forward in _forwards(job, skeleton, site, scales, low_rank, now):
+                    stack.enter_context(instead_of(module, forward))
             for batch in work:
                 now.ids = batch.ids.to(skeleton.device)
                 run_layer(skeleton, index, batch)
@@ -55,11 +56,10 @@ class _Now:
     ids: Tensor | None = None
 
 
-@contextlib.contextmanager
-def _replaced(
+def _forwards(
     job: Job, skeleton: Skeleton, site: Site, scales: dict, low_rank: dict, now: _Now
-) -> Iterator[None]:
-    """The site's linears give eq. 29 in place of their own output."""
+) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+    """The site's linears, and eq. 29 in the place of what they compute."""
     recipe, device = job.recipe, skeleton.device
     scale = scales[f"{site.key}.scale"].to(device)
     options = recipe.weights
@@ -68,7 +68,7 @@ def _replaced(
         for m, name in enumerate(recipe.modalities)
         if f"{site.key}.{name}.lr_a" in low_rank
     }
-    handles, start = [], 0
+    start = 0
     for name, out in zip(site.linears, site.out_features, strict=True):
         module = skeleton.module(name)
         base = _rounded(module.weight.detach(), scale[0], options)
@@ -80,19 +80,12 @@ def _replaced(
         }
         start += out
 
-        def hook(module, args, output, name=name, base=base, mine=mine):
+        def forward(x, module=module, name=name, base=base, mine=mine):
             here = routed(skeleton.model, name, now.ids)
-            y = compensated_linear(
-                args[0], here, base, scale, recipe.activations.bits, mine, module.bias
-            )
-            return y.to(output.dtype)
+            y = compensated_linear(x, here, base, scale, recipe.activations.bits, mine, module.bias)
+            return y.to(x.dtype)
 
-        handles.append(module.register_forward_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        yield module, forward
 
 
 def _rounded(weight: Tensor, scale: Tensor, options: Weights) -> QWeight:

@@ -41,11 +41,9 @@ def walk(
     layers = skeleton.module(layers_path(skeleton.model, skeleton.family))
     for index in range(len(layers)):
         run_layer(index, list(work.values()))
-    found = {}
-    for kind, batch in work.items():
-        hidden = batch.hidden.flatten(0, 1)[positions[kind]]
-        found[kind] = _head(skeleton, layers, hidden.to(skeleton.device)).float().cpu()
-    return found
+    last = [batch.hidden.flatten(0, 1)[positions[kind]] for kind, batch in work.items()]
+    logits = _head(skeleton, layers, torch.cat(last).to(skeleton.device)).float().cpu()
+    return dict(zip(work, logits.split([len(part) for part in last]), strict=True))
 
 
 @contextlib.contextmanager
@@ -73,7 +71,7 @@ def before_layers(skeleton: Skeleton, *, at_once: bool = False) -> Iterator[None
             stack.enter_context(_only_while_it_runs(skeleton, path))
         if rows_only:
             stored = _stored(skeleton, words)
-            stack.enter_context(_forward(words, partial(_rows, stored, skeleton)))
+            stack.enter_context(instead_of(words, partial(_rows, stored, skeleton)))
         yield
 
 
@@ -132,9 +130,9 @@ def _head(skeleton: Skeleton, layers: nn.ModuleList, hidden: Tensor) -> Tensor:
         stack.enter_context(skeleton.materialised_names(wanted))
         if by_rows:
             stored = _stored(skeleton, head)
-            stack.enter_context(_forward(head, partial(_linear, stored, head.bias)))
+            stack.enter_context(instead_of(head, partial(_linear, stored, head.bias)))
         for layer in layers:
-            stack.enter_context(_forward(layer, lambda *_, **__: given))
+            stack.enter_context(instead_of(layer, lambda *_, **__: given))
         logits = skeleton.model(inputs_embeds=torch.zeros_like(given), use_cache=False).logits
     return logits[0]
 
@@ -173,7 +171,7 @@ def _path(skeleton: Skeleton, wanted: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def _forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+def instead_of(module: nn.Module, forward: Callable) -> Iterator[None]:
     """`module` runs `forward` in place of its own."""
     module.forward = forward
     try:
