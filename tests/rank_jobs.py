@@ -106,6 +106,8 @@ def blind(here: str, there: str) -> int:
 QUICK = (
     *(f"calibration.sources.{i}.limit=4" for i in range(4)),
     "calibration.batch_tokens=512",
+    "smoothing.learn=false",
+    "weights.rounding=nearest",
     "export.verify=false",
 )
 

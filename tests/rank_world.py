@@ -11,12 +11,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed", "transformers", "rank_jobs"])
+_context.set_forkserver_preload(["torch.distributed", "rank_imports", "rank_jobs"])
 
 
 @dataclass
@@ -48,13 +49,14 @@ def launch(folder: Path, work: Callable, *args, size: int = 2, **environment: st
     """Run `work(*args)`, a function of an importable module, in `size` processes; what it returns
     is their exit code."""
     folder.mkdir(parents=True, exist_ok=True)
+    _start_server()
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False,
                           timeout=timedelta(seconds=30))  # fmt: skip
     common = {
         "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size), "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1",
         "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-        "PYTHONPATH": os.pathsep.join(sys.path), **environment,
+        **environment,
     }  # fmt: skip
     processes = []
     for rank in range(size):
@@ -63,6 +65,18 @@ def launch(folder: Path, work: Callable, *args, size: int = 2, **environment: st
         process.start()
         processes.append(process)
     return Launched(processes, folder, store)
+
+
+def _start_server() -> None:
+    """Python 3.11's server looks for what it imports where PYTHONPATH says, and nowhere else."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def _work(work: Callable, args: tuple, environment: dict[str, str], output: str) -> None:

@@ -68,7 +68,7 @@ def test_a_failing_rank_ends_all_with_its_error_printed_once(tmp_path):
 
 
 def test_the_failing_rank_speaks_where_rank_0_is_busy(tmp_path):
-    ranks = launch(tmp_path, rank_jobs.failing, "error", 3, *RUN)
+    ranks = launch(tmp_path, rank_jobs.failing, "error", 2.5, *RUN)
     assert ranks.wait() == [4, 4]
     assert ranks.said(0) == "" and ranks.said(1).startswith("error: layer 3 is damaged\n")
 
