@@ -1,12 +1,13 @@
 """Vision-language models: W4A8 with compensation at 100 million weights and at three billion."""
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from scale import vision
-from scale.measure import job, watched
+from scale.measure import Failed, job, watched
 from scale.peers import recipe, write_recipe
 from scale.ranks import stage_seconds
 
@@ -41,6 +42,39 @@ def vl_recipe(model: Path, name: str, **changes) -> dict:
     return {**made, **changes}
 
 
+def predicted(path: str, run_dir: Path, *more: str, threads: int = 2) -> dict:
+    """What `--dry-run` says of the stages, and how long it took to say so."""
+    run = [sys.executable, "-m", "masquant_cli", "run", "-c", path, "--run-dir", str(run_dir)]
+    done = watched([*run, "--dry-run", "--json", *more], threads=threads)
+    found = json.loads(done["stdout"])["prediction"]
+    kept = ("on", "measured", "stages", "seconds", "size", "problems")
+    return {"took_seconds": done["wall_seconds"], **{k: found[k] for k in kept if k in found}}
+
+
+def predict(work: Path, say: Callable[[str], None]) -> dict:
+    """The shipped recipe for Qwen2.5-VL at 7 and 72 billion weights, on one H200 and on eight.
+
+    Nothing of it is measured: the plan counts operations and prices them for that machine.
+    """
+    found = {}
+    for size in ("7b", "72b"):
+        folder = work / f"vl-{size}"
+        folder.mkdir(parents=True, exist_ok=True)
+        vision.config_of(vision.SIZES[size]).save_pretrained(folder)
+        for machine in ("h200", "h200x8"):
+            of = ("--set", f"model.path={folder}", "--on", machine)
+            name = f"{size} on {machine}"
+            try:
+                one = predicted("qwen-vl-w4a8", work / "nowhere", *of)
+            except Failed as error:  # it says that it would not fit, and why
+                found[name] = {"refused": str(error).splitlines()[-1]}
+                say(f"{name}: {found[name]['refused']}")
+                continue
+            found[name] = one
+            say(f"{name}: {one['seconds'] / 60:.1f} minutes")
+    return {"predictions": found}
+
+
 def vlm100m(work: Path, say: Callable[[str], None], rounds: int = 2) -> dict:
     """Seconds of the whole, with the base rounded to nearest and by GPTQ (the method's own)."""
     model = vision.qwen2_5_vl(work / "vl-100m", "100m", **ASKED["100m"])
@@ -49,13 +83,15 @@ def vlm100m(work: Path, say: Callable[[str], None], rounds: int = 2) -> dict:
         weights = {"bits": 4, "rounding": rounding}
         content = vl_recipe(model, rounding, weights=weights, export={"verify": False})
         path = write_recipe(work, content)
+        plan = predicted(path, work / "nowhere")
         runs = []
         for _ in range(rounds):
             shutil.rmtree(work / "run", ignore_errors=True)
             runs.append(job("masquant", recipe=path, run_dir=str(work / "run")))
         best = sorted(runs, key=lambda one: one["seconds"])[len(runs) // 2]
-        found[rounding] = {**best, "tokens": tokens_of(work / "run")}
-        say(f"{rounding}: {best['seconds']:.1f} s {best['stages']}")
+        found[rounding] = {**best, "tokens": tokens_of(work / "run"), "predicted": plan}
+        said = plan["seconds"]
+        say(f"{rounding}: {best['seconds']:.1f} s {best['stages']}; predicted {said:.1f} s")
     return {"runs": found}
 
 
@@ -78,6 +114,8 @@ def vl3b(work: Path, say: Callable[[str], None], size: str = "3b") -> dict:
         resources={"max_memory": LIMIT},
     )
     path = write_recipe(work, content)
+    plan = predicted(path, run_dir)
+    say(f"predicted: {plan['seconds']:.0f} s")
     command = [sys.executable, "-m", "masquant_cli", "run", "-c", path, "--run-dir", str(run_dir)]
 
     def half_done() -> bool:
@@ -101,6 +139,7 @@ def vl3b(work: Path, say: Callable[[str], None], size: str = "3b") -> dict:
         "interrupted": {k: first[k] for k in ("interrupted", "code", "wall_seconds")},
         "resumed_seconds": second["wall_seconds"],
         "stage_seconds": stages,
+        "predicted": plan,
         "stage_peaks": stage_peaks(run_dir),
         "tokens": tokens_of(run_dir),
         "exported_bytes": sum(

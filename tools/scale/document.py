@@ -104,6 +104,28 @@ def vl3b(found: dict) -> str:
     )
 
 
+def predict(found: dict) -> str:
+    rows = []
+    for name, one in found["predictions"].items():
+        if "refused" in one:
+            rows.append([name, one["refused"], "", ""])
+            continue
+        stages = one["stages"].values()
+        rows.append(
+            [
+                name,
+                f"{one['seconds'] / 60:.1f} minutes",
+                gb(max(s["peak_bytes"] for s in stages)),
+                gb(max(s["peak_gpu_bytes"] or 0 for s in stages)),
+            ]
+        )
+    return (
+        "## Predictions for an H200 and for eight\n\nNot measured: what `masquant run -c "
+        "qwen-vl-w4a8 --dry-run --on h200x8` says for the real shapes of Qwen2.5-VL.\n\n"
+        f"{table(['', 'time', 'RAM', 'VRAM'], rows)}"
+    )
+
+
 TABLES = {
     "peers": peers,
     "depth": depth,
@@ -111,6 +133,7 @@ TABLES = {
     "vlm100m": vlm100m,
     "ranks": ranks,
     "vl3b": vl3b,
+    "predict": predict,
 }
 
 

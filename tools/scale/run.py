@@ -2,7 +2,7 @@
 
     python tools/scale/run.py PART... [--work DIR] [--other PYTHON] [--rounds N] [--again]
 
-PART: peers, depth, lowrank, ranks, vlm100m, vl3b, or all. Each writes one JSON file,
+PART: peers, depth, lowrank, ranks, vlm100m, predict, vl3b, or all. Each writes one JSON file,
 benchmarks/results/scale/PART.json; `all` leaves out what this code has measured already.
 """
 
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from scale.machine import RESULTS, ROOT, about, code_fingerprint
 
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "kernels")]
-PARTS = ("lowrank", "peers", "depth", "vlm100m", "ranks", "vl3b")
+PARTS = ("lowrank", "peers", "depth", "vlm100m", "ranks", "predict", "vl3b")
 COMPARED = ("peers", "depth")  # parts that need the other tool
 
 
@@ -101,7 +101,7 @@ def measure(part: str, chosen: argparse.Namespace, tell: Callable[[str], None]) 
         return ranks(chosen.work, tell)
     from scale import big
 
-    return big.vlm100m(chosen.work, tell) if part == "vlm100m" else big.vl3b(chosen.work, tell)
+    return getattr(big, part)(chosen.work, tell)
 
 
 def verdicts(found: dict) -> list[str]:

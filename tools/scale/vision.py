@@ -50,6 +50,53 @@ SIZES = {
             "window_size": 112,
         },
     },
+    # Qwen/Qwen2.5-VL-7B-Instruct's and 72B-Instruct's, of which only config.json is written
+    "7b": {
+        "dtype": "bfloat16",
+        "words": 151643,
+        "tied": False,
+        "text": {
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "mrope_section": (16, 24, 24),
+        },
+        "vision": {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 3584,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "window_size": 112,
+        },
+    },
+    "72b": {
+        "dtype": "bfloat16",
+        "words": 151643,
+        "tied": False,
+        "text": {
+            "vocab_size": 152064,
+            "hidden_size": 8192,
+            "intermediate_size": 29568,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "mrope_section": (16, 24, 24),
+        },
+        "vision": {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3456,
+            "num_heads": 16,
+            "out_hidden_size": 8192,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "window_size": 112,
+        },
+    },
     # qwen2-100m as the text half of a vision-language model
     "100m": {
         "shards": 1,
@@ -130,7 +177,7 @@ def config_of(shape: dict):
             **text,
             "rms_norm_eps": 1e-6,
             "max_position_embeddings": 128000,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": shape.get("tied", True),
             "bos_token_id": ids["<|endoftext|>"],
             "eos_token_id": ids["<|im_end|>"],
             "rope_parameters": {
@@ -144,7 +191,7 @@ def config_of(shape: dict):
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.get("tied", True),
         dtype=shape["dtype"],
     )
     config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
