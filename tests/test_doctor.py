@@ -7,6 +7,7 @@ import tiny_families
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny_quantized import export, scheme_of
 
 from masquant_cli.cli.app import main
 from masquant_cli.errors import EnvironmentProblem, RecipeError
@@ -82,6 +83,24 @@ def test_a_quantized_checkpoint_is_no_start(tmp_path, capsys):
     assert main(["doctor", "--model", place]) == 2
     out = capsys.readouterr().out
     assert "already quantized (awq)" in out and out.endswith("not supported\n")
+
+
+def test_an_export_of_ours_is_no_start_either(tmp_path):
+    model = tiny_families.model("qwen2")
+    export(model, scheme_of(model), tmp_path)
+    found = support(str(tmp_path))
+    assert found["quantized_by"] == "masquant" and len(found["problems"]) == 1
+    assert found["sites"] and found["files"] is None
+
+
+def test_of_a_full_omni_checkpoint_the_thinker_is_shown(tmp_path):
+    thinker = tiny_families.CASES["qwen2_5_omni_thinker"].config()
+    config = transformers.Qwen2_5OmniConfig(thinker_config=thinker.to_dict())
+    found = support(config_only(tmp_path, config))
+    assert found["supported"] and found["model_type"] == "qwen2_5_omni"
+    assert found["class"] == "Qwen2_5OmniThinkerForConditionalGeneration"
+    assert found["modalities"] == {"text": [], "vision": [120], "video": [122], "audio": [121]}
+    assert found["layers"]["count"] == 2
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,9 @@ def support(path: str) -> dict:
         document |= _unknown(folder, raw)
     else:
         document |= _sizes(model, document["layers"]["at"])
-        document["files"] = _files(folder, model, family, problems)
+        document["files"] = None
+        if not document["quantized_by"]:  # else its tensors have other names and dtypes
+            document["files"] = _files(folder, model, family, problems)
         document["warnings"] += _indivisible(document["widths"])
     document["supported"] = not problems
     return document
