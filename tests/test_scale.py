@@ -42,22 +42,23 @@ def test_ratios_are_of_medians_and_misses_are_named():
 
 
 def test_the_low_rank_part_compares_with_the_optimum():
-    found = lowrank.lowrank(lambda _: None, sites=((48, 80, 4.0), (80, 48, None)))
-    compared = found["sites"]["48x80"]
-    assert compared["rank"] == 2 and 0.999 < compared["error_over_optimum"] < 1.001
-    assert compared["literal_residual_energy_left"] == pytest.approx(
-        compared["optimal_residual_energy_left"], rel=1e-5
-    )
-    assert "speedup" not in found["sites"]["80x48"]
+    sites = ((48, 80, None, 4.0), (80, 48, None, 4.0), (40, 96, 30, None))
+    found = lowrank.lowrank(lambda _: None, sites=sites)["sites"]
+    assert [one["rank"] for one in found.values()] == [2, 2, 2]
+    for one in found.values():
+        assert 0.99999 < one["error_over_optimum"] < 1.001
+    for name in ("48x80", "80x48"):  # the equations themselves reach it
+        assert found[name]["literal_error_over_optimum"] == pytest.approx(1, rel=1e-5)
+    assert "speedup" not in found["40x96, 30 rows"]
 
 
 def test_a_worse_correction_is_seen():
     torch.manual_seed(0)
-    delta, gram = lowrank.site(40, 64)
-    l1, l2, s = lowrank.literal(delta, gram, 3)
-    optimum = float(s[3:].square().sum() / s.square().sum())
-    assert lowrank.left(delta, gram, l1, l2) == pytest.approx(optimum, rel=1e-6)
-    assert lowrank.left(delta, gram, 0.9 * l1, l2) > 1.005 * optimum
+    delta, given = lowrank.site(40, 64, None)
+    l1, l2 = lowrank.literal(delta, given["gram"], 3)
+    optimum = float(lowrank.spectrum(delta, given)[3:].sum())
+    assert lowrank.left(delta, given, l1, l2) == pytest.approx(optimum, rel=1e-5)
+    assert lowrank.left(delta, given, 0.9 * l1, l2) > 1.005 * optimum
 
 
 def test_memory_of_a_tree_counts_children(tmp_path):

@@ -21,7 +21,7 @@ LIMITS = {
 }
 
 # Steps that are not in every round, for they take long: every so many.
-EVERY = {"masquant gptq": 2, "llm-compressor gptq": 2, "masquant checked": 1000}
+EVERY = {"masquant gptq": 3, "llm-compressor gptq": 3, "masquant checked": 3}
 
 
 def recipe(model: Path, name: str, **changes) -> dict:
