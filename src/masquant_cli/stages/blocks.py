@@ -130,10 +130,10 @@ class LayerBlock:
 @contextlib.contextmanager
 def _quantized(job: Job, layer: LayerSites, scales: Scales, ids: Tensor) -> Iterator[None]:
     """While open, the layer's linears run in the form of eq. 21 with gradients to `scales`."""
-    options, bits = job.recipe.weights, job.recipe.activations.bits
+    form, bits = job.recipe.weights.form, job.recipe.activations.bits
 
     def quantize(weight: Tensor) -> Tensor:
-        return fake_quant_weight_ste(weight, options.bits, options.group_size, options.symmetric)
+        return fake_quant_weight_ste(weight, *form)
 
     replaced = []
     try:
