@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from masquant_cli.distributed import TIMEOUT, T, World
-from masquant_cli.errors import EXIT_BUG, EXIT_TERMINATED, EnvironmentProblem, MasquantError
+from masquant_cli.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EnvironmentProblem,
+    MasquantError,
+)
 
 LONGEST_PAUSE = 0.05  # seconds between two looks at the store
 SHOWN_AFTER = 5.0  # seconds that network file systems may take to show a new file
@@ -133,7 +139,9 @@ class Ranks(World):
         try:
             if failure["exit_code"] == EXIT_TERMINATED:  # also what torchrun does when one died
                 failure = self._died() or failure
-            if self.rank and not (failure["where"] or "").startswith("rank "):
+            everywhere = failure["exit_code"] in (EXIT_INTERRUPTED, EXIT_TERMINATED)
+            named = (failure["where"] or "").startswith("rank ")
+            if self.rank and not everywhere and not named:
                 here = f"rank {self.rank} on {self._host}"
                 failure = {**failure, "where": ", ".join(filter(None, (here, failure["where"])))}
             mine = json.dumps([self.rank, failure])
