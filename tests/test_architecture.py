@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "data": {"errors", "recipe"},
     "runtime": {"errors", "algo", "models", "masquant_kernels"},
     "stages": {
-        *("distributed", "errors", "progress", "recipe", "rundir", "shards"),
+        *("distributed", "errors", "progress", "recipe", "rundir", "shards", "shard_writer"),
         *("algo", "methods", "models", "data", "runtime", "masquant_kernels"),
     },
     "bench": {"errors", "progress", "algo", "models", "runtime", "masquant_kernels"},
