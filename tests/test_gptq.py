@@ -151,6 +151,8 @@ def test_many_rows_are_their_gram_and_no_rows_round_to_nearest():
     w, x = problem(6, 30)
     assert same(gptq_round(w, None, 4, rows=x), gptq_round(w, x.T @ x, 4))
     assert same(gptq_round(w, None, 4, rows=x[:0]), quantize_weight(w, 4))
+    with pytest.raises(ValueError, match="rows have values that are not finite"):
+        gptq_round(w, None, 4, rows=x[:2] / 0)
     for rows in (None, x[:, :29], x[0]):
         with pytest.raises(ValueError, match=r"rows of 30 inputs are \[n, 30\]"):
             gptq_round(w, None, 4, rows=rows)

@@ -101,14 +101,14 @@ def of_gram(gram: torch.Tensor, damp: float, act_order: bool, dtype: torch.dtype
     """From X.T X [in, in], symmetrised; a channel without energy goes with nothing, and anything
     else in its row is rounding. Two matrices of that size at most are made."""
     energy = gram.diagonal()
-    order, dead = _order(energy, act_order), (energy <= 0).nonzero()[:, 0]
+    order = _order(energy, act_order)
+    dead = (energy[order] <= 0).nonzero()[:, 0]
     mean = float(energy.double().clamp_min(0).mean())
     exact = torch.float64 if len(gram) <= PRECISE else torch.float32
     added = damp * mean or 1.0  # without any energy every choice is the same
     while True:
-        gram_ = gram.index_fill(0, dead, 0).index_fill_(1, dead, 0) if len(dead) else gram
-        hessian = gram_.index_select(0, order).index_select(1, order).to(exact)
-        del gram_
+        hessian = gram.index_select(0, order).index_select(1, order).to(exact)
+        hessian.index_fill_(0, dead, 0).index_fill_(1, dead, 0)
         _symmetrise_lower(hessian)
         hessian.diagonal().add_(added)
         torch.linalg.cholesky_ex(hessian, out=(hessian, failed := torch.empty_like(dead[:0]).int()))

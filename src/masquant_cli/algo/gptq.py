@@ -53,6 +53,8 @@ def gptq_round(
     if gram is None:
         if rows is None or rows.ndim != 2 or rows.shape[1] != n_in:
             raise ValueError(f"rows of {n_in} inputs are [n, {n_in}]")
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError("the rows have values that are not finite")
         if 3 * len(rows) >= n_in:  # the products of rows would be more work than the Gram
             gram = rows.T @ rows
     if gram is not None:
