@@ -25,7 +25,7 @@ class Scheme:
     modalities: tuple[str, ...] = ("text",)  # order of every [M, ...] tensor; the first is the base
     token_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # non-base modalities
     ranks: Mapping[str, int] = field(default_factory=dict)  # site kind -> columns of lr_a
-    sites: tuple[str, ...] = KINDS  # kinds that are quantized, in every decoder layer
+    sites: tuple[str, ...] = KINDS  # kinds that are quantized, where a layer has them
 
     def __post_init__(self):
         _require(self.weight_bits in (4, 8), "weights.bits must be 4 or 8", self.weight_bits)
