@@ -125,6 +125,34 @@ def whole_runs(*folders: str) -> int:
     return 0
 
 
+def choosing(out: str) -> int:
+    """Choose samples by quotas that are full at different times, one of whose sources breaks."""
+    from jobs import small
+
+    from masquant_cli.progress import NullProgress
+    from masquant_cli.stages import samples
+    from masquant_cli.stages.job import Job
+
+    world = distributed.join() if distributed.launched() else distributed.world()
+    tokens = {"text": 150, "vision": 12, "audio": 500}
+    job = Job(small(*(f"calibration.tokens.{m}={n}" for m, n in tokens.items())), NullProgress())
+    load, read = samples.load_samples, []
+
+    def breaking(source, **options):
+        for count, sample in enumerate(load(source, **options)):
+            if count == 5 and samples._fills(source, job.recipe.modalities) == ["vision"]:
+                raise ArtifactError("nobody may come so far")
+            read.append(sample.key)
+            yield sample
+
+    samples.load_samples = breaking
+    chosen = samples.choose_samples(job.recipe, job.float, NullProgress(), world)
+    found = [[s.key for s in chosen.samples], chosen.lengths, chosen.tokens, len(read)]
+    Path(out, f"{world.rank}.json").write_text(json.dumps(found))
+    world.leave()
+    return 0
+
+
 def dying_run(run_dir: str, layer: int) -> int:
     """`masquant run` whose rank 1 is killed when calibrate comes to a layer."""
     from jobs import SMALL

@@ -181,6 +181,17 @@ def artifacts(run: Path) -> dict[str, bytes]:
     return {p.relative_to(run).as_posix(): p.read_bytes() for p in files}
 
 
+def test_ranks_choose_the_samples_that_one_process_chooses(tmp_path):
+    for name, size in (("one", 1), ("three", 3)):
+        ranks = launch(tmp_path / name, rank_jobs.choosing, str(tmp_path / name), size=size)
+        assert ranks.wait(100) == [0] * size, ranks.said(0)
+    one = json.loads((tmp_path / "one" / "0.json").read_text())
+    many = [json.loads((tmp_path / "three" / f"{r}.json").read_text()) for r in range(3)]
+    assert len(set(one[0])) > 8
+    assert [found[:3] for found in many] == [one[:3]] * 3
+    assert many[0][3] > one[3]  # they had read further, and into the broken sample
+
+
 def test_two_processes_make_what_one_makes_to_the_byte(tmp_path, alone):
     runs = [tmp_path / name for name in ("first", "second")]
     ranks = launch(tmp_path / "said", rank_jobs.whole_runs, *map(str, runs))

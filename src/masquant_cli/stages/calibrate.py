@@ -51,7 +51,7 @@ def calibrate(job: Job, folder: Path, fingerprint: str) -> dict:
     Raises RecipeError when a modality got no tokens or activations are not finite.
     """
     progress, layers, world = job.progress, job.layers, job.world
-    chosen = choose_samples(job.recipe, job.float, progress)
+    chosen = choose_samples(job.recipe, job.float, progress, world)
     # Data on a hub may change between an interruption and its resumption.
     fingerprint = f"{fingerprint} {chosen.digest}"
     done = world.from_main(lambda: _begin(job, chosen, folder, fingerprint))

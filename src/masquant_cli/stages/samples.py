@@ -1,9 +1,11 @@
 """Which samples calibrate: taken in turn from all sources until every modality has enough."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,11 +13,15 @@ from torch import Tensor
 from masquant_cli.data.chat import MEDIA, kinds_of, modality_of
 from masquant_cli.data.inputs import encode
 from masquant_cli.data.samples import Sample, load_samples
+from masquant_cli.distributed import World
 from masquant_cli.errors import ArtifactError, RecipeError
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.skeleton import Skeleton
 from masquant_cli.progress import Progress
 from masquant_cli.recipe import Recipe, Source
+
+T = TypeVar("T")
+AHEAD = 8  # samples that each of several ranks encodes before they compare
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,14 @@ class CalibrationSet:
         return hashlib.sha256(json.dumps([s.key for s in self.samples]).encode()).hexdigest()
 
 
-def choose_samples(recipe: Recipe, model: Skeleton, progress: Progress) -> CalibrationSet:
+def choose_samples(
+    recipe: Recipe, model: Skeleton, progress: Progress, world: World | None = None
+) -> CalibrationSet:
     """Take samples from all sources in turn until every modality's token quota is met.
 
     A sample with media counts for its media alone; text-only samples fill the text quota. A
-    source is read no further once all that it can fill is full.
+    source is read no further once all that it can fill is full. The ranks of a world share the
+    encoding and choose alike.
     """
     names, quota = recipe.modalities, recipe.calibration.tokens
     tokens = token_ids_of(model.config)
@@ -46,23 +55,25 @@ def choose_samples(recipe: Recipe, model: Skeleton, progress: Progress) -> Calib
     def wanted(modalities: Iterable[str]) -> bool:
         return any(m not in quota or filled[m] < quota[m] for m in modalities)
 
-    progress.stage("choose samples", None, "samples")
-    for sample in _interleave(recipe, wanted):
+    def measure(sample: Sample) -> tuple[int, dict[str, int]]:
         inputs = encode(model.processor, [sample], for_generation=False)
         ids = modality_ids(inputs["input_ids"], tokens, names)
-        if ids.numel() > recipe.calibration.max_length:
+        return ids.numel(), {m: int((ids == i).sum()) for i, m in enumerate(names)}
+
+    progress.stage("choose samples", None, "samples")
+    for sample, (length, counts) in _measured(recipe, wanted, measure, world or World()):
+        if length > recipe.calibration.max_length:
             skipped += 1
             continue
-        counts = {m: int((ids == i).sum()) for i, m in enumerate(names)}
         counted = [m for m in names[1:] if counts[m]] or [names[0]]
         if wanted(counted):
             chosen.append(sample)
-            lengths.append(ids.numel())
+            lengths.append(length)
             for m in names:
                 got[m] += counts[m]
             for m in counted:
                 filled[m] += counts[m]
-            progress.advance(1, tokens=ids.numel())
+            progress.advance(1, tokens=length)
     _refuse_or_warn(recipe, got, skipped, progress)
     return CalibrationSet(tuple(chosen), tuple(lengths), got, skipped)
 
@@ -72,7 +83,7 @@ def same_samples(job) -> CalibrationSet:
 
     Raises ArtifactError when the data are not what they were.
     """
-    chosen = choose_samples(job.recipe, job.float, job.progress)
+    chosen = choose_samples(job.recipe, job.float, job.progress, job.world)
     if "calibrate" in job.finished:
         folder, manifest = job.finished["calibrate"]
         if manifest.summary.get("data") != chosen.digest:
@@ -118,7 +129,46 @@ def row_keys(seed: int, group: Sequence[int], real: Tensor) -> Tensor:
     return keys
 
 
-def _interleave(recipe: Recipe, wanted: Callable[[Iterable[str]], bool]) -> Iterator[Sample]:
+def _measured(
+    recipe: Recipe,
+    wanted: Callable[[Iterable[str]], bool],
+    measure: Callable[[Sample], T],
+    world: World,
+) -> Iterator[tuple[Sample, T]]:
+    """Samples from all sources in turn, each with what `measure` says of it.
+
+    Several ranks read ahead and share the measuring. What they read too much of is passed over,
+    errors included, so that they get what one process gets.
+    """
+    samples = _interleave(recipe, wanted)
+    ahead = 1 if world.size == 1 else AHEAD * world.size
+    while wave := list(itertools.islice(samples, ahead)):
+        mine = {
+            i: _or_error(measure, sample)
+            for i, (_, sample) in enumerate(wave)
+            if i % world.size == world.rank
+        }
+        measured = {i: m for part in world.all_gather(mine) for i, m in part.items()}
+        for i, (fills, sample) in enumerate(wave):
+            if wanted(fills) or world.size == 1:
+                if isinstance(measured[i], Exception):
+                    raise measured[i]
+                yield sample, measured[i]
+
+
+def _or_error(measure: Callable[[Sample], T], sample: Sample | Exception) -> T | Exception:
+    if isinstance(sample, Exception):
+        return sample
+    try:
+        return measure(sample)
+    except Exception as error:
+        return error
+
+
+def _interleave(
+    recipe: Recipe, wanted: Callable[[Iterable[str]], bool]
+) -> Iterator[tuple[list[str], Sample | Exception]]:
+    """From all sources in turn: what the source fills, and its next sample, or why it has none."""
     names = recipe.modalities
     sources = [
         (_fills(source, names), load_samples(source, seed=recipe.seed, modalities=names))
@@ -128,11 +178,14 @@ def _interleave(recipe: Recipe, wanted: Callable[[Iterable[str]], bool]) -> Iter
         for pair in list(sources):
             fills, samples = pair
             # Without this a stream of pictures would be read to its end for the last text token.
-            sample = next(samples, None) if wanted(fills) else None
+            try:
+                sample = next(samples, None) if wanted(fills) else None
+            except Exception as error:
+                sample = error
             if sample is None:
                 sources.remove(pair)
             else:
-                yield sample
+                yield fills, sample
 
 
 def _fills(source: Source, names: tuple[str, ...]) -> list[str]:
