@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from masquant_cli import plan as plan_package
 from masquant_cli import sweep as sweeps
 from masquant_cli.cli import app
 from masquant_cli.errors import ArtifactError, EnvironmentProblem, RecipeError
@@ -82,6 +83,9 @@ def place(monkeypatch, tmp_path):
         return sweeps.sweep(chosen, program=program, **options)
 
     monkeypatch.setattr(sweeps, "PROGRAM", program)
+    cost = {"peak_bytes": 3e9, "disk_bytes": 5e9}
+    prediction = {"seconds": 7.5, "stages": {"a": cost, "b": cost}, "problems": []}
+    monkeypatch.setattr(plan_package, "predict", lambda *_: prediction)
     return go
 
 
@@ -193,7 +197,9 @@ def test_the_command(place, capsys, monkeypatch):
     monkeypatch.setenv("BEHAVE", json.dumps({"b": "fail"}))
     line = ["sweep", "a.yaml", "b.yaml", "d.yaml", "--set", "weights.bits=8"]
     assert app.main([*line, "--dry-run", "--json"]) == 0
-    assert [r["state"] for r in json.loads(capsys.readouterr().out)["plan"]] == ["todo"] * 3
+    document = json.loads(capsys.readouterr().out)
+    assert [r["state"] for r in document["plan"]] == ["todo"] * 3
+    assert (document["seconds"], document["disk_bytes"]) == (22.5, 30e9)
     assert app.main(line) == 2
     out, err = capsys.readouterr()
     assert [row.split()[:2] for row in out.splitlines()[2:5]] == [
@@ -203,8 +209,14 @@ def test_the_command(place, capsys, monkeypatch):
     assert "warning: b failed: the recipe is wrong" in err
     assert argv("a")[-2:] == ["--set", "weights.bits=8"]
     assert app.main([*line, "--dry-run"]) == 0
-    states = [row.split()[1] for row in capsys.readouterr().out.splitlines()[2:]]
-    assert states == ["cached", "todo", "cached"]
+    out = capsys.readouterr().out
+    assert [row.split()[1] for row in out.splitlines()[2:5]] == ["cached", "todo", "cached"]
+    assert "one after the other: 7.5 s, 10 GB" in out and "3 GB" in out
+    monkeypatch.setattr(plan_package, "predict", lambda *_: {
+        "seconds": 1.0, "stages": {"a": {"peak_bytes": 1, "disk_bytes": 1}}, "problems": ["too big"]
+    })  # fmt: skip
+    assert app.main([*line, "--dry-run"]) == 3
+    assert "error: b: too big" in capsys.readouterr().err
     assert app.main([*line, "--json"]) == 2
     document = json.loads(capsys.readouterr().out)
     assert [r["state"] for r in document["runs"]] == ["cached", "failed", "cached"]

@@ -97,22 +97,25 @@ def members(names: Sequence[str], run_root: Path, overrides: Sequence[str] = ())
     return found
 
 
-def finished(chosen: Sequence[Member], reuse: Sequence[Path] = ()) -> list[str | None]:
-    """Per member None when there is something to do, "" when it is finished, else what is wrong
-    with its run directory. Raises RecipeError for models or data that are not there."""
-    states: list[str | None] = []
+def steps(chosen: Sequence[Member], reuse: Sequence[Path] = ()) -> list:
+    """Per member the plan of its stages, or what is wrong with its run directory. Raises one
+    RecipeError for all models and data that are not there."""
+    found: list = []
     problems: list[RecipeError] = []
     for member in chosen:
         try:
-            steps = pipeline.plan(member.recipe, member.run_dir, reuse, download=False)
-            states.append("" if all(step.state == "cached" for step in steps) else None)
+            found.append(pipeline.plan(member.recipe, member.run_dir, reuse, download=False))
         except RecipeError as error:
             name = member.recipe.name
             problems.append(RecipeError(error.message, where=error.where or name, hint=error.hint))
         except ArtifactError as error:
-            states.append(str(error))
+            found.append(str(error))
     _raise_all(problems)
-    return states
+    return found
+
+
+def _is_finished(planned) -> bool:
+    return not isinstance(planned, str) and all(step.state == "cached" for step in planned)
 
 
 def sweep(
@@ -134,8 +137,8 @@ def sweep(
     """
     progress = progress or NullProgress()
     rows: dict[str, Row] = {}
-    for member, state in zip(chosen, finished(chosen, reuse), strict=True):
-        if state == "":
+    for member, planned in zip(chosen, steps(chosen, reuse), strict=True):
+        if _is_finished(planned):
             rows[member.recipe.name] = Row(member, "cached", document=_exported(member))
     waiting = [m for m in chosen if m.recipe.name not in rows]
     if waiting:

@@ -55,18 +55,44 @@ def sweep(
 
 
 def _dry_run(chosen, reuse, json: bool) -> None:
+    """Every run's state and, where there is something to do, what it would take."""
     from masquant_cli import sweep as sweeps
     from masquant_cli.cli import render
+    from masquant_cli.errors import EXIT_ENVIRONMENT
 
+    rows = []
     with render.stdout_reserved():
-        states = sweeps.finished(chosen, reuse)
-    said = {None: "todo", "": "cached"}
-    rows = [
-        {"recipe": m.recipe.name, "file": m.file, "run_dir": m.run_dir,
-         "state": said.get(state, "stale"), "error": state or None}
-        for m, state in zip(chosen, states, strict=True)
-    ]  # fmt: skip
-    render.output({"plan": rows}, json, plan_table)
+        for member, steps in zip(chosen, sweeps.steps(chosen, reuse), strict=True):
+            rows.append(_planned(member, steps))
+    problems = [f"{row['recipe']}: {text}" for row in rows for text in row["problems"]]
+    sums = {key: sum(row[key] or 0 for row in rows) for key in ("seconds", "disk_bytes")}
+    render.output({"plan": rows, **sums, "problems": problems}, json, plan_table)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        raise typer.Exit(EXIT_ENVIRONMENT)
+
+
+def _planned(member, steps) -> dict[str, Any]:
+    from masquant_cli import plan
+
+    row = {"recipe": member.recipe.name, "file": member.file, "run_dir": member.run_dir,
+           "seconds": None, "peak_bytes": None, "disk_bytes": None, "problems": []}  # fmt: skip
+    if isinstance(steps, str):
+        return {**row, "state": "damaged", "why": steps}
+    todo = [step.stage for step in steps if step.state != "cached"]
+    if not todo:
+        return {**row, "state": "cached", "why": ""}
+    row |= {"state": "todo", "why": f"from {todo[0]} on"}
+    if found := plan.predict(member.recipe, member.run_dir, todo):
+        stages = found["stages"].values()
+        row |= {
+            "seconds": found["seconds"],
+            "peak_bytes": max(stage["peak_bytes"] for stage in stages),
+            "disk_bytes": sum(stage["disk_bytes"] for stage in stages),
+            "problems": found["problems"],
+        }
+    return row
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -100,6 +126,17 @@ def plan_table(document: dict[str, Any]) -> None:
     from masquant_cli.cli import render
 
     rows = [
-        (r["recipe"], r["state"], str(r["run_dir"]), r["error"] or "") for r in document["plan"]
+        (
+            run["recipe"],
+            run["state"],
+            render.clock_face(run["seconds"]) if run["seconds"] is not None else "",
+            render.size(run["peak_bytes"]) if run["peak_bytes"] else "",
+            render.size(run["disk_bytes"]) if run["disk_bytes"] else "",
+            run["why"],
+        )
+        for run in document["plan"]
     ]
-    render.draw_table(("recipe", "state", "run directory", "error"), rows)
+    heads = ("recipe", "state", "time", "memory", "disk", "why")
+    render.draw_table(heads, rows, right=(2, 3, 4))
+    seconds, disk = document["seconds"], document["disk_bytes"]
+    print(f"one after the other: {render.clock_face(seconds)}, {render.size(disk)} of disk")
