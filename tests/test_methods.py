@@ -22,6 +22,7 @@ from masquant_cli.errors import ArtifactError
 from masquant_cli.methods import find
 from masquant_cli.methods.method import Layer
 from masquant_cli.models.capture import layer_output
+from masquant_cli.models.loading import load_float
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.progress import NullProgress
 from masquant_cli.recipe import Method, Smoothing
@@ -302,10 +303,10 @@ def job() -> Job:
 def test_sensitivity_is_the_gradient_of_the_models_own_loss(job):
     felt = Sensitivity(job)
     felt.of(0)  # computes all
-    model, names = job.loaded.model, job.recipe.modalities
+    model, names = load_float(job.recipe.model).model, job.recipe.modalities
     sums = torch.zeros(3, 2)
     for sample in choose_samples(job.recipe, job.float, NullProgress()).samples[:6]:
-        batch, scored = encode_scored(job.loaded.processor, [sample])
+        batch, scored = encode_scored(job.float.processor, [sample])
         ids = modality_ids(batch["input_ids"], token_ids_of(model.config), names)
         kept = []
         module = model.get_submodule(job.layers[2]["mlp_out"].linears[0])

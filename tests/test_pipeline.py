@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from masquant_cli import load_quantized, pipeline, shards
 from masquant_cli.errors import ArtifactError, CheckError, EnvironmentProblem, RecipeError
+from masquant_cli.models.loading import load_float
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.rundir import STAGES, RunDir
 from masquant_cli.runtime.context import modality_ids as force_ids
@@ -73,7 +74,7 @@ def test_bytes_are_those_promised(finished, tmp_path):
 def test_the_folder_is_complete_and_touches_only_the_decoder_linears(finished):
     folder = finished / "export/model"
     job = Job(small(), Interrupting("", 0))
-    source = job.loaded.path
+    source = job.float.path
     assert {p.name for p in source.iterdir()} | {"README.md"} == {p.name for p in folder.iterdir()}
     before, after = load_file(source / "model.safetensors"), load_file(folder / "model.safetensors")
     gone = set(before) - set(after)
@@ -93,7 +94,7 @@ def test_exported_site_equals_a_literal_eq_29(finished):
     ids = torch.tensor([[0, 0, 1, 1, 2, 0, 2, 1, 0]])
     start = 0
     for name, out in zip(site.linears, site.out_features, strict=True):
-        w = job.loaded.model.get_submodule(name).weight.detach().double() * scale[0]
+        w = job.float.weight(name).double() * scale[0]
         step = w.abs().amax(1, keepdim=True) / 7
         q = solved["mlp_in.weight"][start : start + out]  # GPTQ's, in the scales of the nearest
         assert q.dtype == torch.int8
@@ -141,7 +142,7 @@ def test_sequential_layers_equal_the_full_forward(finished):
     from masquant_cli.models.capture import embed, run_layer
 
     job = Job(small(), Interrupting("", 0))
-    skeleton, model = job.float, job.loaded.model
+    skeleton, model = job.float, load_float(job.recipe.model).model
     inputs = encode(skeleton.processor, chosen(job).samples[:6], for_generation=False)
     ids = modality_ids(inputs["input_ids"], token_ids_of(model.config), job.recipe.modalities)
     with skeleton.materialised_names(skeleton.names_outside_layers()):
@@ -163,7 +164,7 @@ def test_calibration_statistics_are_those_of_a_plain_forward(finished):
     from masquant_cli.data.inputs import encode
 
     job = Job(small(), Interrupting("", 0))
-    model = job.loaded.model
+    model = load_float(job.recipe.model).model
     site = job.layers[2]["attn_out"]
     absmax, count = torch.zeros(3, site.in_features), torch.zeros(3)
     seen = {}
@@ -171,7 +172,7 @@ def test_calibration_statistics_are_those_of_a_plain_forward(finished):
         lambda _, args: seen.update(x=args[0][0])
     )
     for sample in chosen(job).samples:
-        inputs = encode(job.loaded.processor, [sample], for_generation=False)
+        inputs = encode(job.float.processor, [sample], for_generation=False)
         with torch.no_grad():
             model(**inputs, use_cache=False)
         ids = modality_ids(inputs["input_ids"], token_ids_of(model.config), job.recipe.modalities)
@@ -288,9 +289,8 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_finished(tmp_path, mo
 def test_verification_that_the_machine_stops(copied, monkeypatch, code, stderr, problem):
     from masquant_cli.stages import export
 
-    died = SimpleNamespace(
-        stdin=io.StringIO(), stderr=io.StringIO(stderr), wait=lambda: code, returncode=code
-    )
+    process = SimpleNamespace(stdin=io.StringIO(), poll=lambda: code, returncode=code)
+    died = SimpleNamespace(process=process, said=io.StringIO(stderr))
     monkeypatch.setattr(export, "fresh_process", lambda job: contextlib.nullcontext(died))
     shutil.rmtree(copied / "export")
     with pytest.raises(EnvironmentProblem, match=problem):

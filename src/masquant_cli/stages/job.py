@@ -11,7 +11,6 @@ from masquant_cli.algo.low_rank import rank_for
 from masquant_cli.distributed import World
 from masquant_cli.errors import ArtifactError, RecipeError
 from masquant_cli.methods import find
-from masquant_cli.models.loading import Loaded, load_float
 from masquant_cli.models.modality import check_modalities, merge_video, token_ids_of
 from masquant_cli.models.sites import LayerSites, Site, find_sites
 from masquant_cli.models.skeleton import Skeleton, load_skeleton
@@ -23,20 +22,13 @@ from masquant_cli.runtime.scheme import Scheme
 
 @dataclass
 class Job:
-    """One recipe being worked on. The float model is loaded when a stage first needs it."""
+    """One recipe being worked on. The float model is opened when a stage first needs it."""
 
     recipe: Recipe
     progress: Progress
     finished: dict[str, tuple[Path, Manifest]] = field(default_factory=dict)
     world: World = field(default_factory=World)
     _checked: set[Path] = field(default_factory=set)
-
-    @cached_property
-    def loaded(self) -> Loaded:
-        self.progress.note(f"loading {self.recipe.model.path}")
-        loaded = load_float(self.recipe.model, self.recipe.device)
-        check_modalities(loaded.model.config, self.recipe.modalities, where="modalities")
-        return loaded
 
     @cached_property
     def float(self) -> Skeleton:
@@ -99,7 +91,11 @@ class Job:
 
     def weight(self, site: Site) -> torch.Tensor:
         """The site's linears stacked along their outputs, from disk: fp32 [sum of outs, in]."""
-        return torch.cat([self.float.weight(name) for name in site.linears])
+        # Filled part by part: of all experts of a layer it is large, and two would be twice that.
+        weight = torch.empty(sum(site.out_features), site.in_features, device=self.float.device)
+        for name, part in zip(site.linears, weight.split(site.out_features), strict=True):
+            part.copy_(self.float.weight(name))
+        return weight
 
     def read(
         self, stage: str, layer: int, prefix: str = "", suffix: str = ""
