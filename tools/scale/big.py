@@ -109,8 +109,7 @@ def vl3b(work: Path, say: Callable[[str], None], size: str = "3b") -> dict:
     content = vl_recipe(
         model,
         f"vl-{size}",
-        weights={"bits": 4, "rounding": "nearest"},
-        smoothing={"epochs": 1},
+        smoothing={},  # as shipped recipes have it: ten epochs, GPTQ
         resources={"max_memory": LIMIT},
     )
     path = write_recipe(work, content)
