@@ -1,7 +1,9 @@
 """Running timed jobs in processes of their own, and the memory of a tree of processes."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,7 +66,9 @@ def watched(
                 time.sleep(TICK)
         finally:
             if process.poll() is None:
-                process.kill()
+                for pid in [*descendants(process.pid), process.pid]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
         wall = time.perf_counter() - began
         stdout, tail = (read_from_start(file) for file in (out, said))
     if log:

@@ -9,6 +9,7 @@ benchmarks/results/scale/PART.json; `all` leaves out what this code has measured
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -135,4 +136,5 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that jobs are ended with it
     sys.exit(main(sys.argv[1:]))
