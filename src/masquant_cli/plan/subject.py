@@ -79,8 +79,8 @@ def _from_config(recipe: Recipe, folder: Path, device: str) -> Skeleton:
     config = loading.read_config(folder)
     family, where = family_of(config), torch.device(device)
     dtype = loading.pick_dtype(recipe.model.dtype, where, config)
+    on_disk = getattr(config, "dtype", None) or torch.bfloat16  # before building changes it
     model = build(config, family, dtype)
-    on_disk = getattr(config, "dtype", None) or torch.bfloat16
     file, stored, seen = folder / SINGLE, {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         first = seen.setdefault(id(tensor), name)
