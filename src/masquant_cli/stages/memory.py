@@ -61,7 +61,7 @@ def layer_bytes(job: Job, index: int) -> int:
 
 
 def machine_memory() -> int:
-    """Bytes that this process may use: free memory now, and the limit of its control group."""
+    """Bytes that this process may use: its share of the free memory, within its control group."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
@@ -69,7 +69,7 @@ def machine_memory() -> int:
     for line in _lines("/sys/fs/cgroup/memory.max"):
         if line.isdigit():
             free = min(free, int(line))
-    return free + resident()
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + resident()
 
 
 def resident() -> int:
