@@ -50,7 +50,7 @@ def export(job: Job, folder: Path, fingerprint: str) -> dict:
     with disk_errors(folder):
         partial.mkdir(parents=True)
         _refuse_small_disk(folder, layout.nbytes + sum(p.stat().st_size for p in carried))
-    with fresh_process(job) if job.recipe.export.verify else nullcontext() as process:
+    with fresh_process(job) if job.recipe.export.verify else nullcontext() as fresh:
         with disk_errors(folder):
             _write_weights(job, layout, partial)
             _write_config(job, config, partial)
@@ -59,7 +59,7 @@ def export(job: Job, folder: Path, fingerprint: str) -> dict:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
             write_card(job, partial, sizes)
-        checked = verify(job, partial, process) if process else None
+        checked = verify(job, partial, fresh) if fresh else None
     partial.rename(final)
     shutil.rmtree(previous, ignore_errors=True)
     return {

@@ -45,6 +45,7 @@ def reference_logits(
             for batch in work:
                 now.ids = batch.ids.to(skeleton.device)
                 run_layer(skeleton, index, batch)
+        job.progress.advance(1)
 
     return walk(skeleton, probes, ids, positions, run)
 

@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,36 +39,48 @@ from masquant_cli.stages.walk import IDS, POSITIONS, Probes, flatten
 COMPARED = 64  # tokens per probe whose logits are compared, at most
 # Bytes in fp32 up to which the export is loaded as a whole; beyond, layer by layer.
 WHOLE = 2_000_000_000
+PULSE = 5  # seconds between two signs that the second process still works
 # A child must not take itself for one of the ranks.
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+@dataclass(frozen=True)
+class Fresh:
+    """A process that waits to be asked, and what it says on stderr."""
+
+    process: subprocess.Popen
+    said: IO[str]
+
+
 @contextlib.contextmanager
-def fresh_process(job: Job) -> Iterator[subprocess.Popen]:
+def fresh_process(job: Job) -> Iterator[Fresh]:
     """A process that is about to be asked; what it imports takes long, so it starts early."""
     command = [sys.executable, "-m", "masquant_cli.stages.fresh", job.float.family.model_type]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={key: value for key, value in os.environ.items() if key not in RANKS},
-    ) as process:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            text=True,
+            env={key: value for key, value in os.environ.items() if key not in RANKS},
+        ) as process,
+    ):
         try:
-            yield process
+            yield Fresh(process, said)
         finally:
             process.kill()
 
 
-def verify(job: Job, folder: Path, process: subprocess.Popen) -> dict[str, float]:
+def verify(job: Job, folder: Path, fresh: Fresh) -> dict[str, float]:
     """Relative logit error, ||y - y_ref|| / ||y_ref||, per kind of input.
 
-    Over `COMPARED` tokens of each, chosen by the recipe's seed. `process` is a `fresh_process`.
-    Raises CheckError when one exceeds the recipe's tolerance or the folder does not load.
+    Over `COMPARED` tokens of each, chosen by the recipe's seed. Raises CheckError when an
+    error exceeds the recipe's tolerance or the folder does not load.
     """
     probes = load_probes(job)
-    job.progress.stage("verify", len(probes), "inputs")
+    job.progress.stage("verify", len(job.layers), "layers")
     tokens, modalities = token_ids_of(job.float.config), job.recipe.modalities
     ids = {k: modality_ids(p["input_ids"], tokens, modalities) for k, p in probes.items()}
     positions = {k: _positions(p["attention_mask"], job.recipe.seed) for k, p in probes.items()}
@@ -80,7 +93,7 @@ def verify(job: Job, folder: Path, process: subprocess.Popen) -> dict[str, float
             kind: {**inputs, IDS: ids[kind], POSITIONS: positions[kind]}
             for kind, inputs in probes.items()
         }
-        logits = _ask(job, process, folder, asked, Path(scratch))
+        logits = _ask(job, fresh, folder, asked, Path(scratch))
         reference = load_file(kept)
     errors = {}
     for kind, expected in reference.items():
@@ -93,7 +106,6 @@ def verify(job: Job, folder: Path, process: subprocess.Popen) -> dict[str, float
                 where=str(folder),
                 hint="the folder is kept under this name for inspection; please report this",
             )
-        job.progress.advance(1)
     return errors
 
 
@@ -138,9 +150,7 @@ def _positions(mask: Tensor, seed: int) -> Tensor:
     return real[order[:COMPARED]].sort().values
 
 
-def _ask(
-    job: Job, process: subprocess.Popen, folder: Path, asked: Probes, scratch: Path
-) -> dict[str, Tensor]:
+def _ask(job: Job, fresh: Fresh, folder: Path, asked: Probes, scratch: Path) -> dict[str, Tensor]:
     paths = [folder, scratch / "inputs.safetensors", scratch / "logits.safetensors"]
     save_file(flatten(asked), paths[1])
     longest = max(inputs["input_ids"].numel() for inputs in asked.values())
@@ -152,13 +162,18 @@ def _ask(
     give_back_memory()  # the child needs it
     if job.float.device.type == "cuda":
         torch.cuda.empty_cache()
+    process = fresh.process
     with contextlib.suppress(BrokenPipeError):  # it ended already, and has said why
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
-    said = process.stderr.read()
-    if process.wait() == 0:
+    while process.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=PULSE)
+        job.progress.advance(0)
+    if process.returncode == 0:
         return load_file(paths[2])
-    reason = (said.strip().splitlines() or ["no output"])[-1]
+    fresh.said.seek(0)
+    reason = (fresh.said.read().strip().splitlines() or ["no output"])[-1]
     if "no space left" in reason.lower():
         raise OSError(errno.ENOSPC, reason)
     if process.returncode == -signal.SIGKILL or "out of memory" in reason.lower():

@@ -43,7 +43,8 @@ def walk(
         run_layer(index, list(work.values()))
     last = [batch.hidden.flatten(0, 1)[positions[kind]] for kind, batch in work.items()]
     logits = _head(skeleton, layers, torch.cat(last).to(skeleton.device)).float().cpu()
-    return dict(zip(work, logits.split([len(part) for part in last]), strict=True))
+    parts = logits.split([len(part) for part in last])
+    return {kind: part.clone() for kind, part in zip(work, parts, strict=True)}
 
 
 @contextlib.contextmanager
