@@ -19,7 +19,7 @@ from masquant_cli.errors import RecipeError
 from masquant_cli.models.experts import Experts, unfuse
 from masquant_cli.models.loading import load_processor
 from masquant_cli.models.modality import modality_ids, token_ids_of
-from masquant_cli.models.sites import Site
+from masquant_cli.models.sites import Site, layers_path
 from masquant_cli.progress import NullProgress
 from masquant_cli.recipe import Calibration
 from masquant_cli.stages import calibrate as calibrating
@@ -105,7 +105,7 @@ def test_tokens_are_told_apart_by_expert_and_modality(full_omni):
     wanted = {m: torch.zeros(2, EXPERTS, dtype=torch.long) for m in job.modalities}
     ranges = {m: torch.zeros(2, EXPERTS, tiny_moe.INNER) for m in job.modalities}
     chosen_by, entered = {}, {}
-    for layer, module in enumerate(model.model.language_model.layers):
+    for layer, module in enumerate(model.get_submodule(layers_path(model))):
         note = functools.partial(chosen_by.__setitem__, layer)
         module.mlp.gate.register_forward_hook(lambda _m, _x, y, note=note: note(y[2]))
         for e in range(EXPERTS):

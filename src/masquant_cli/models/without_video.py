@@ -36,6 +36,9 @@ INSTEAD = {"Qwen2_5OmniProcessor": MasquantOmniProcessor}
 class WithoutVideo(ProcessorMixin):
     """Goes before a processor class, whose `video_processor` may then be None."""
 
+    # Older releases' (5.17) Omni processors call this, and their own asks the video processor.
+    replace_multimodal_special_tokens = MasquantOmniProcessor.replace_multimodal_special_tokens
+
     def check_argument_for_proper_class(self, argument_name, argument):
         if argument_name == "video_processor" and argument is None:
             return None
