@@ -4,6 +4,7 @@ With R_m = Y_m - (X_m / s_m) Q(W s_0).T the correction of modality m is R_m V V.
 (X_m / s_m)(W s_m).T = Y_m; so neither the residual weight nor its factors are ever formed here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -51,13 +52,13 @@ class SiteProblem:
         return torch.maximum(self.weight.amax(0), -self.weight.amin(0))
 
     @cached_property
-    def targets(self) -> tuple[torch.Tensor, ...]:
+    def targets(self) -> "Outputs":
         """Float outputs [n, out] of `rows`: what every candidate is measured against."""
-        return tuple(x @ self.weight.T for x in self.rows)
+        return Outputs(self.weight, self.rows)
 
     @cached_property
-    def heldout_targets(self) -> tuple[torch.Tensor, ...]:
-        return tuple(x @ self.weight.T for x in self.heldout)
+    def heldout_targets(self) -> "Outputs":
+        return Outputs(self.weight, self.heldout)
 
     @property
     def seen(self) -> tuple[int, ...]:
@@ -92,6 +93,22 @@ class SiteProblem:
         for w, q in zip(self.weight.split(size), found.split(size), strict=True):
             q.copy_(self.quantize(w * scale))
         return found
+
+
+class Outputs(Sequence):
+    """x @ weight.T of each modality's rows x, made when it is first asked for."""
+
+    def __init__(self, weight: torch.Tensor, rows: tuple[torch.Tensor, ...]):
+        self.weight, self.rows = weight, rows
+        self.made: dict[int, torch.Tensor] = {}
+
+    def __getitem__(self, m: int) -> torch.Tensor:
+        if m not in self.made:
+            self.made[m] = self.rows[m] @ self.weight.T
+        return self.made[m]
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True)
