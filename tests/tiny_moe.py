@@ -180,7 +180,6 @@ def inputs(model, batch: int = 2, pad: int = 3, seed: int = 0) -> dict:
     return {"input_ids": ids, "attention_mask": mask, **given}
 
 
-
 def save(name: str, folder) -> None:
     """A float checkpoint with its processor's files, as on the hub but for the video's."""
     MODELS[name]().save_pretrained(folder)
