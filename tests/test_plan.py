@@ -153,7 +153,7 @@ def test_what_the_budget_does_not_reach_is_estimated():
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     """A plan of a small job with every feature, and what its run then did."""
-    recipe = small()
+    recipe = small("smoothing.epochs=0")
     run_dir = tmp_path_factory.mktemp("plan") / "run"
     found = plan.predict(recipe, run_dir)
     assert not run_dir.exists() and not list(run_dir.parent.iterdir())  # nothing is left behind
