@@ -284,17 +284,31 @@ def test_bf16_is_computed_where_the_cpu_has_units_for_it(monkeypatch, flags, dty
     assert loading.pick_dtype("float32", gpu, config) == torch.float32
 
 
-def test_a_bf16_checkpoint_computes_in_fp32_and_gives_fp32_statistics(tmp_path):
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory) -> Path:
+    """A bf16 checkpoint without towers: its first weights are those of the word embeddings."""
+    folder = tmp_path_factory.mktemp("text")
     model = transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(
             vocab_size=len(tiny_chat.tokenizer()), hidden_size=64, intermediate_size=96,
             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         )
     ).bfloat16()  # fmt: skip
-    model.save_pretrained(tmp_path / "model")
-    tiny_chat.tokenizer().save_pretrained(tmp_path / "model")
+    model.save_pretrained(folder)
+    tiny_chat.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_word_embeddings_that_do_not_fit_are_read_by_row(text_folder, tmp_path):
+    for memory in ("1MB", "100GB"):
+        job = recipe(text_folder, ["text"], [TEXT], resources={"max_memory": memory})
+        pipeline.run(job, tmp_path / memory, until="calibrate")
+    same(tmp_path / "100GB" / "calibrate", tmp_path / "1MB" / "calibrate")
+
+
+def test_a_bf16_checkpoint_computes_in_fp32_and_gives_fp32_statistics(text_folder, tmp_path):
     for dtype in ("float32", "bfloat16"):
-        job = recipe(tmp_path / "model", ["text"], [TEXT])
+        job = recipe(text_folder, ["text"], [TEXT])
         job = job.model_copy(update={"model": Model(path=job.model.path, dtype=dtype)})
         pipeline.run(job, tmp_path / dtype, until="calibrate")
     wide, narrow = (layers_of(tmp_path / d / "calibrate") for d in ("float32", "bfloat16"))

@@ -135,11 +135,12 @@ def placeholders(processor) -> dict[int, str]:
 def model_inputs(model, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The batch on the model's device, float inputs in its dtype, unknown token types dropped."""
     known = inspect.signature(model.forward).parameters
-    inputs = {}
+    inputs, device = {}, model.device
     for name, tensor in batch.items():
         if name.endswith("token_type_ids") and name not in known:
             continue
-        inputs[name] = tensor.to(model.device)
+        # Of a skeleton the first weights may be on meta: whoever runs it knows the device.
+        inputs[name] = tensor if device.type == "meta" else tensor.to(device)
         if tensor.is_floating_point():
             inputs[name] = inputs[name].to(model.dtype)
     return inputs
