@@ -13,6 +13,7 @@ from jobs import Interrupting, small
 from test_families_run import TEXT, recipe
 
 from masquant_cli import pipeline, shards
+from masquant_cli.distributed import World
 from masquant_cli.errors import RecipeError
 from masquant_cli.models import capture, loading
 from masquant_cli.models.capture import embed, run_layer
@@ -238,6 +239,32 @@ def test_room_for_hidden_states_is_what_the_limit_leaves(monkeypatch):
     assert not embeds_at_once(Job(small("resources.max_memory=1MB"), Interrupting("", 0)))
     assert Resources(max_memory="1.5GiB").max_bytes == 3 << 29
     assert Resources(max_memory="6GB").max_bytes == 6 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("", {}, 40e9 + 3e9),
+        ("0::/", {"/sys/fs/cgroup/memory.max": "max"}, 40e9 + 3e9),
+        ("0::/", {"/sys/fs/cgroup/memory.max": "16000000000"}, 8e9),  # what it has included
+        ("0::/job/step", {"/sys/fs/cgroup/job/memory.max": "20000000000"}, 10e9),
+        ("3:cpuset:/\n4:memory:/job\n0::/",
+         {"/sys/fs/cgroup/memory/job/memory.limit_in_bytes": "12000000000"}, 6e9),
+    ],
+)  # fmt: skip
+def test_processes_share_the_machines_memory_once(monkeypatch, groups, files, expected):
+    from masquant_cli.stages import memory
+    from masquant_cli.stages.job import Job
+
+    files |= {"/proc/self/cgroup": groups, "/proc/meminfo": f"MemAvailable: {80e9 / 1024:.0f} kB"}
+    monkeypatch.setattr(memory, "_lines", lambda path: files.get(path, "").splitlines())
+    monkeypatch.setattr(memory, "resident", lambda: int(3e9))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    world = World()
+    world.local_size = 2
+    job = Job(small(), Interrupting("", 0), world=world)
+    assert memory.budget(job) == memory.machine_memory() == expected
+    assert memory.budget(Job(small("resources.max_memory=6GB"), job.progress, world=world)) == 3e9
 
 
 # --- samples

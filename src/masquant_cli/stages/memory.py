@@ -1,7 +1,8 @@
 """How much memory calibration may use for hidden states: what its other needs leave."""
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 from masquant_cli.stages.job import Job
 
@@ -28,7 +29,8 @@ def room(job: Job) -> int:
 def budget(job: Job) -> int:
     """Bytes that this process may use: the recipe's limit or the machine's memory, shared with
     the run's other processes on this machine."""
-    return (job.recipe.resources.max_bytes or machine_memory()) // job.world.local_size
+    limit = job.recipe.resources.max_bytes
+    return limit // job.world.local_size if limit else machine_memory()
 
 
 def embeds_at_once(job: Job) -> bool:
@@ -61,15 +63,28 @@ def layer_bytes(job: Job, index: int) -> int:
 
 
 def machine_memory() -> int:
-    """Bytes that this process may use: its share of the free memory, within its control group."""
+    """Bytes that this process may use, what it has included: its share of the machine's free
+    memory, within its share of what its control groups allow."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-    for line in _lines("/sys/fs/cgroup/memory.max"):
-        if line.isdigit():
-            free = min(free, int(line))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + resident()
+    allowed = [int(line) for file in _limits() for line in _lines(file) if line.isdigit()]
+    return min([free // processes + resident(), *(limit // processes for limit in allowed)])
+
+
+def _limits() -> Iterator[str]:
+    """Files that may hold a limit of this process's control groups, of either version."""
+    for line in _lines("/proc/self/cgroup"):
+        _, kinds, path = line.split(":", 2)
+        root, name = ("/sys/fs/cgroup", "memory.max") if not kinds else (None, None)
+        if "memory" in kinds.split(","):
+            root, name = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        if root:
+            # A container may see its group as the root, whatever it is called outside.
+            for group in (PurePosixPath(path), *PurePosixPath(path).parents):
+                yield str(PurePosixPath(f"{root}{group}") / name)
 
 
 def resident() -> int:
