@@ -336,6 +336,21 @@ def test_sensitivity_is_the_gradient_of_the_models_own_loss(job):
     assert model.get_submodule(job.layers[0].module).input_layernorm.weight.grad is None
 
 
+def test_sensitivity_leaves_out_attention_that_a_layer_does_not_have(job):
+    """As in hybrid models, some of whose layers attend linearly."""
+    whole, hybrid = Sensitivity(job), Job(job.recipe, NullProgress())
+    first, *others = job.layers
+    mlp = tuple(site for site in first.sites if site.kind.startswith("mlp"))
+    hybrid.layers = [replace(first, sites=mlp), *others]
+    felt = Sensitivity(hybrid)
+    assert set(felt.of(0)) == {"mlp_in", "mlp_out"}
+    least = torch.stack(whole._ratios["attn_out"][1:]).median(0).values
+    for layer in range(1, len(others) + 1):
+        expected = torch.maximum(whole._ratios["attn_out"][layer], least)
+        assert torch.equal(felt.of(layer)["attn_in"], expected)
+        assert torch.equal(felt.of(layer)["mlp_in"], whole.of(layer)["mlp_in"])
+
+
 def test_a_layer_of_quantized_linears_is_the_layer_with_their_weights_rounded(tmp_path):
     job = Job(small("smoothing.samples=3", "activations.bits=16"), NullProgress())
     blocks = Blocks(job, tmp_path)

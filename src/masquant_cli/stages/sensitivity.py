@@ -40,15 +40,15 @@ class Sensitivity:
 
     def of(self, layer: int) -> dict[str, Tensor]:
         """By site key, f32 [M]; the base is 1."""
-        least = {kind: torch.stack(felt).median(0).values for kind, felt in self._ratios.items()}
-        found = {
-            kind: torch.maximum(felt[layer], least[kind]) for kind, felt in self._ratios.items()
-        }
-        sites = self.job.layers[layer].sites
-        return {site.key: found[STANDS_FOR.get(site.kind, site.kind)] for site in sites}
+        found = {}
+        for site in self.job.layers[layer].sites:
+            felt = self._ratios[STANDS_FOR.get(site.kind, site.kind)]
+            least = torch.stack([one for one in felt if one is not None]).median(0).values
+            found[site.key] = torch.maximum(felt[layer], least)
+        return found
 
     @cached_property
-    def _ratios(self) -> dict[str, list[Tensor]]:
+    def _ratios(self) -> dict[str, list[Tensor | None]]:
         job = self.job
         names = job.recipe.modalities
         chosen = same_samples(job)
@@ -71,7 +71,13 @@ class Sensitivity:
                 job.progress.advance(1, tokens=batch["input_ids"].numel())
         parts = job.world.all_gather(sums)
         sums = {kind: sum(part[kind] for part in parts) for kind in watched}
-        return {kind: [_relative(kind, one) for one in found] for kind, found in sums.items()}
+        return {
+            kind: [
+                _relative(kind, one) if _has(layer, kind) else None
+                for layer, one in zip(job.layers, found, strict=True)
+            ]
+            for kind, found in sums.items()
+        }
 
 
 @contextmanager
@@ -109,6 +115,11 @@ def _loss(model: nn.Module, batch: dict[str, Tensor], scored: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[at].float(), inputs["input_ids"][:, 1:][at])
 
 
+def _has(layer: LayerSites, kind: str) -> bool:
+    """Whether the layer has such a site; one of linear attention has none of attention's."""
+    return any(site.kind == kind for site in layer.sites)
+
+
 def _block_output(layer: LayerSites, kind: str) -> str:
     """The module whose output is that of the site's block; of experts, of all of them."""
     site = next(site for site in layer.sites if site.kind == kind)
@@ -141,7 +152,7 @@ def _gradients(job: Job, sums: dict[str, Tensor], ids: Tensor) -> Iterator[None]
         first = model.get_submodule(job.layers[0].module)
         handles.append(first.register_forward_pre_hook(start, with_kwargs=True))
         for layer in job.layers:
-            for kind in sums:
+            for kind in (kind for kind in sums if _has(layer, kind)):
                 module = model.get_submodule(_block_output(layer, kind))
                 handles.append(module.register_forward_hook(watch(kind, layer.layer)))
         with torch.enable_grad():
