@@ -14,7 +14,7 @@ from test_families_run import TEXT, recipe
 
 from masquant_cli import pipeline, shards
 from masquant_cli.distributed import World
-from masquant_cli.errors import RecipeError
+from masquant_cli.errors import EnvironmentProblem, RecipeError
 from masquant_cli.models import capture, loading
 from masquant_cli.models.capture import embed, run_layer
 from masquant_cli.models.hidden import Store
@@ -22,6 +22,7 @@ from masquant_cli.models.sites import find_sites
 from masquant_cli.models.skeleton import load_skeleton
 from masquant_cli.recipe import Model, Resources
 from masquant_cli.stages import calibrate as stage
+from masquant_cli.stages.job import Job
 from masquant_cli.stages.memory import embeds_at_once, room_for_hidden
 from masquant_cli.stages.samples import groups, row_keys
 
@@ -228,8 +229,6 @@ def test_the_store_spills_what_passes_its_budget_and_gives_it_back(tmp_path):
 
 
 def test_room_for_hidden_states_is_what_the_limit_leaves(monkeypatch):
-    from masquant_cli.stages.job import Job
-
     def room(limit: str) -> int:
         return room_for_hidden(Job(small(f"resources.max_memory={limit}"), Interrupting("", 0)))
 
@@ -254,7 +253,6 @@ def test_room_for_hidden_states_is_what_the_limit_leaves(monkeypatch):
 )  # fmt: skip
 def test_processes_share_the_machines_memory_once(monkeypatch, groups, files, expected):
     from masquant_cli.stages import memory
-    from masquant_cli.stages.job import Job
 
     files |= {"/proc/self/cgroup": groups, "/proc/meminfo": f"MemAvailable: {80e9 / 1024:.0f} kB"}
     monkeypatch.setattr(memory, "_lines", lambda path: files.get(path, "").splitlines())
@@ -272,7 +270,6 @@ def test_processes_share_the_machines_memory_once(monkeypatch, groups, files, ex
 
 def test_batches_are_of_one_kind_and_similar_length():
     from masquant_cli.progress import NullProgress
-    from masquant_cli.stages.job import Job
     from masquant_cli.stages.samples import choose_samples
 
     job = Job(small("calibration.batch_tokens=200"), NullProgress())
@@ -331,6 +328,30 @@ def test_word_embeddings_that_do_not_fit_are_read_by_row(text_folder, tmp_path):
         job = recipe(text_folder, ["text"], [TEXT], resources={"max_memory": memory})
         pipeline.run(job, tmp_path / memory, until="calibrate")
     same(tmp_path / "100GB" / "calibrate", tmp_path / "1MB" / "calibrate")
+
+
+@pytest.mark.parametrize("memory", ["1MB", "100GB"])
+def test_a_machine_that_computes_in_another_dtype_does_not_go_on_where_one_was(
+    text_folder, tmp_path, monkeypatch, memory
+):
+    job = recipe(text_folder, ["text"], [TEXT], resources={"max_memory": memory})
+    monkeypatch.setattr(loading, "cpu_multiplies_bf16", lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(job, tmp_path / "a", until="calibrate", progress=Interrupting("calibrate", 1))
+    monkeypatch.setattr(loading, "cpu_multiplies_bf16", lambda: False)
+    for name in ("a", "b"):
+        pipeline.run(job, tmp_path / name, until="calibrate")
+    same(tmp_path / "a" / "calibrate", tmp_path / "b" / "calibrate")
+
+
+def test_ranks_that_would_compute_in_different_dtypes_are_told():
+    class Two(World):
+        def all_gather(self, mine):
+            return ["bfloat16", mine]
+
+    with pytest.raises(EnvironmentProblem, match="bfloat16 and float32") as caught:
+        stage._same_dtype(Job(small(), Interrupting("", 0), world=Two()))
+    assert "model.dtype=float32" in caught.value.hint
 
 
 def test_a_bf16_checkpoint_computes_in_fp32_and_gives_fp32_statistics(text_folder, tmp_path):

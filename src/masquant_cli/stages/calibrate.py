@@ -17,7 +17,7 @@ from masquant_cli.algo.statistics import InputStatistics
 from masquant_cli.data.inputs import model_inputs
 from masquant_cli.data.samples import content_hashes
 from masquant_cli.distributed import World, deal
-from masquant_cli.errors import RecipeError
+from masquant_cli.errors import EnvironmentProblem, RecipeError
 from masquant_cli.models.capture import Batch, embed, run_layer, watch_sites
 from masquant_cli.models.experts import routed
 from masquant_cli.models.hidden import Store
@@ -52,8 +52,9 @@ def calibrate(job: Job, folder: Path, fingerprint: str) -> dict:
     """
     progress, layers, world = job.progress, job.layers, job.world
     chosen = choose_samples(job.recipe, job.float, progress, world)
-    # Data on a hub may change between an interruption and its resumption.
-    fingerprint = f"{fingerprint} {chosen.digest}"
+    # Data on a hub may change between an interruption and its resumption, and `dtype: auto` may
+    # be another one on the machine that goes on.
+    fingerprint = f"{fingerprint} {chosen.digest} {_same_dtype(job)}"
     done = world.from_main(lambda: _begin(job, chosen, folder, fingerprint))
     todo = len(layers) - next((i for i, d in enumerate(reversed(done)) if not d), len(layers))
     owners = deal([cost(layer) for layer in layers], world.size)
@@ -82,6 +83,18 @@ def calibrate(job: Job, folder: Path, fingerprint: str) -> dict:
         "data": chosen.digest,
         **({"experts": experts} if experts else {}),
     }
+
+
+def _same_dtype(job: Job) -> str:
+    """What all ranks compute in. Raises EnvironmentProblem when `auto` differs among them."""
+    dtypes = job.world.all_gather(str(job.float.dtype).removeprefix("torch."))
+    if len(set(dtypes)) > 1:
+        raise EnvironmentProblem(
+            f"the ranks' processors differ: model.dtype auto is {' and '.join(sorted({*dtypes}))}",
+            where="model.dtype",
+            hint=f"choose one for all of them: --set model.dtype={max(dtypes)}",
+        )
+    return dtypes[0]
 
 
 def _begin(job: Job, chosen: CalibrationSet, folder: Path, fingerprint: str) -> list[bool]:
