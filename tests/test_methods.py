@@ -464,8 +464,8 @@ def test_switches_that_a_method_does_not_read_are_warned_about(calibrated, tmp_p
 
 
 def test_samples_that_are_not_those_of_calibration_are_refused(calibrated, tmp_path, monkeypatch):
-    def other(recipe, loaded, progress):
-        found = choose_samples(recipe, loaded, progress)
+    def other(*given):
+        found = choose_samples(*given)
         return replace(found, samples=found.samples[1:])
 
     monkeypatch.setattr(samples, "choose_samples", other)
