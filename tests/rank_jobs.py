@@ -65,6 +65,20 @@ def failing(how: str, busy: float, *argv: str) -> int:
     return main(list(argv))
 
 
+def downloading(seconds: float) -> int:
+    """Rank 0 does something for long of which only `busy` tells."""
+    world = distributed.join()
+
+    def fetch() -> str:
+        with world.busy():
+            time.sleep(seconds)
+        return "there"
+
+    found = world.from_main(fetch)
+    world.leave()
+    return 0 if found == "there" else 1
+
+
 def _end(how: str) -> None:
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -113,6 +113,11 @@ def test_a_silent_rank_is_not_waited_for_for_ever(tmp_path):
     assert "MASQUANT_RANK_TIMEOUT" in ranks.said(0)
 
 
+def test_a_rank_that_downloads_for_long_is_not_given_up(tmp_path):
+    ranks = launch(tmp_path, rank_jobs.downloading, 4.5, MASQUANT_RANK_TIMEOUT="2")
+    assert ranks.wait() == [0, 0], ranks.said(1)
+
+
 def test_sigterm_to_all_is_one_line_and_143(tmp_path):
     ranks = launch(tmp_path, rank_jobs.failing, "terminated", 0, *RUN)
     assert ranks.wait() == [143, 143]

@@ -8,7 +8,7 @@ docs/distributed.md says what users see.
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +37,11 @@ class World:
 
     def pulse(self) -> None:
         """Say that this rank is getting on."""
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """While open, this rank says by itself that it is getting on: for downloads, which do."""
+        yield
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank; only rank 0 calls it."""

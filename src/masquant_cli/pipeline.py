@@ -101,7 +101,8 @@ def run(
 
 def _begin(job, run: RunDir, reuse: Sequence[Path]) -> list[StagePlan]:
     write_json(run.path / RECIPE, job.recipe.model_dump(mode="json"))
-    steps = plan(job.recipe, run.path, reuse)
+    with job.world.busy():
+        steps = plan(job.recipe, run.path, reuse)
     if reuse and steps[0].state != "cached":
         job.progress.warn(f"calibrating anew: {steps[0].why}")
     return steps

@@ -11,6 +11,7 @@ import os
 import pickle
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +57,23 @@ class Ranks(World):
             self._pulses += 1
             with _lost_torchrun():
                 self._store.set(f"pulse/{self.rank}", str(self._pulses))
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        done = threading.Event()
+
+        def beat() -> None:
+            with contextlib.suppress(EnvironmentProblem):  # the main thread will see for itself
+                while not done.wait(1):
+                    self.pulse()
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def from_main(self, make: Callable[[], T]) -> T:
         key = self._next()

@@ -46,6 +46,7 @@ def compensate(job: Job, folder: Path, fingerprint: str) -> dict:
             if job.rounding != "nearest" or job.rank(site):
                 statistics = job.read("calibrate", index, f"{site.key}.")
                 _site(job, site, statistics, scales[f"{site.key}.scale"], tensors, notes)
+                job.progress.advance(0)
         shards.save(files[index], tensors, fingerprint=fingerprint, notes=notes)
         job.progress.advance(1)
     job.world.barrier(folder)

@@ -34,7 +34,8 @@ class Job:
     def float(self) -> Skeleton:
         """The float model without its weights; parts of it are read when they are needed."""
         self.progress.note(f"opening {self.recipe.model.path}")
-        skeleton = load_skeleton(self.recipe.model, self.recipe.device)
+        with self.world.busy():
+            skeleton = load_skeleton(self.recipe.model, self.recipe.device)
         check_modalities(skeleton.config, self.recipe.modalities, where="modalities")
         return skeleton
 

@@ -142,7 +142,11 @@ def _measured(
     """
     samples = _interleave(recipe, wanted)
     ahead = 1 if world.size == 1 else AHEAD * world.size
-    while wave := list(itertools.islice(samples, ahead)):
+    while True:
+        with world.busy():
+            wave = list(itertools.islice(samples, ahead))
+        if not wave:
+            return
         mine = {
             i: _or_error(measure, sample)
             for i, (_, sample) in enumerate(wave)
