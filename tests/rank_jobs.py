@@ -167,6 +167,25 @@ def choosing(out: str) -> int:
     return 0
 
 
+def blocks_alone() -> int:
+    """Rank 0 alone prepares decoder layers, as the objective block has it, while others wait."""
+    from jobs import small
+
+    from masquant_cli.progress import NullProgress
+    from masquant_cli.stages.blocks import Blocks
+    from masquant_cli.stages.job import Job
+
+    world = distributed.join()
+    job = Job(small("smoothing.samples=3"), NullProgress(), world=world)
+    if world.main:
+        blocks = Blocks(job, Path())
+        blocks.prepare()
+        blocks.close()
+    world.barrier()
+    world.leave()
+    return 0
+
+
 def dying_run(run_dir: str, layer: int) -> int:
     """`masquant run` whose rank 1 is killed when calibrate comes to a layer."""
     from jobs import SMALL

@@ -197,6 +197,11 @@ def test_ranks_choose_the_samples_that_one_process_chooses(tmp_path):
     assert many[0][3] > one[3]  # they had read further, and into the broken sample
 
 
+def test_one_rank_alone_may_work_with_whole_layers(tmp_path):
+    ranks = launch(tmp_path, rank_jobs.blocks_alone)
+    assert ranks.wait(100) == [0, 0], ranks.said(0)
+
+
 def test_two_processes_make_what_one_makes_to_the_byte(tmp_path, alone):
     runs = [tmp_path / name for name in ("first", "second")]
     ranks = launch(tmp_path / "said", rank_jobs.whole_runs, *map(str, runs))

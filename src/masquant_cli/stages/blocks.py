@@ -17,6 +17,7 @@ from masquant_cli import shards
 from masquant_cli.algo.block import Scales, modality_linear
 from masquant_cli.algo.linear import fake_quant_weight_ste
 from masquant_cli.data.inputs import encode, model_inputs
+from masquant_cli.distributed import World
 from masquant_cli.models.capture import Batch, embed, layer_output
 from masquant_cli.models.experts import routed
 from masquant_cli.models.modality import modality_ids, token_ids_of
@@ -70,9 +71,10 @@ class Blocks:
 
     @cached_property
     def _streams(self) -> list["_Stream"]:
-        """One sample at a time, in the order in which calibrate chose them: sources in turn."""
+        """One sample at a time, in the order in which calibrate chose them: sources in turn. Of
+        several ranks one works with blocks, so the others are not there to share the choosing."""
         job, skeleton = self.job, self.job.float
-        samples = same_samples(job).samples[: job.recipe.smoothing.samples]
+        samples = same_samples(job, World()).samples[: job.recipe.smoothing.samples]
         tokens = token_ids_of(skeleton.config)
         job.progress.stage("embed", len(samples), "samples")
         found = []

@@ -78,12 +78,13 @@ def choose_samples(
     return CalibrationSet(tuple(chosen), tuple(lengths), got, skipped)
 
 
-def same_samples(job) -> CalibrationSet:
+def same_samples(job, world: World | None = None) -> CalibrationSet:
     """The samples that calibrate chose, for methods that need the model to see them again.
 
-    Raises ArtifactError when the data are not what they were.
+    Asked for by all ranks of the job, unless `world` says otherwise. Raises ArtifactError when
+    the data are not what they were.
     """
-    chosen = choose_samples(job.recipe, job.float, job.progress, job.world)
+    chosen = choose_samples(job.recipe, job.float, job.progress, world or job.world)
     if "calibrate" in job.finished:
         folder, manifest = job.finished["calibrate"]
         if manifest.summary.get("data") != chosen.digest:
