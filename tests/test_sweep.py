@@ -32,6 +32,7 @@ def finish(stage):
     (run_dir / stage / "finished").touch()
 if behave == "hang":
     try:
+        (run_dir / "hangs").touch()
         time.sleep(60)
     except KeyboardInterrupt:
         (run_dir / "interrupted").touch()
@@ -45,7 +46,8 @@ if behave == "fail":
 if behave == "crash":
     sys.exit(70)
 time.sleep(float(behave) if behave[0].isdigit() else 0)
-finish("calibrate")
+if "--reuse" not in argv:
+    finish("calibrate")
 if behave == "calibrate":
     sys.exit(4)
 finish("export")
@@ -66,7 +68,8 @@ def place(monkeypatch, tmp_path):
         assert not download
 
         def step(stage):
-            folders = [run_dir / stage, *(Path(r) / stage for r in reuse)]
+            lent = reuse if stage == "calibrate" else ()
+            folders = [run_dir / stage, *(Path(r) / stage for r in lent)]
             found = [f for f in folders if (f / "finished").exists()]
             state = "cached" if found else "todo"
             return SimpleNamespace(stage=stage, state=state, folder=(found or folders)[0])
@@ -141,7 +144,7 @@ def test_the_command_line_of_a_run(place, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interruption_reaches_the_run_and_the_next_call_goes_on(place, number):
     def interrupt():
-        while not Path("runs/b/argv.json").exists():
+        while not Path("runs/b/hangs").exists():
             time.sleep(0.02)
         os.kill(os.getpid(), number)
 
@@ -220,6 +223,33 @@ def test_the_command(place, capsys, monkeypatch):
     assert app.main([*line, "--json"]) == 2
     document = json.loads(capsys.readouterr().out)
     assert [r["state"] for r in document["runs"]] == ["cached", "failed", "cached"]
+
+
+def test_a_dry_run_counts_a_shared_calibration_once_and_goes_on_after_a_bad_recipe(
+    place, capsys, monkeypatch
+):
+    asked = {}
+
+    def predict(recipe, run_dir, todo):
+        asked[recipe.name] = todo
+        if recipe.name == "d":
+            raise RecipeError("its shard is truncated")
+        cost = {"peak_bytes": 1, "disk_bytes": 1}
+        return {"seconds": 1.0, "stages": {"x": cost}, "problems": []}
+
+    monkeypatch.setattr(plan_package, "predict", predict)
+    line = ["sweep", *(f"{n}.yaml" for n in "adbe"), "--dry-run", "--json"]
+    assert app.main(line) == 2
+    out, err = capsys.readouterr()
+    rows = {row["recipe"]: row for row in json.loads(out)["plan"]}
+    assert [rows[n]["state"] for n in "adbe"] == ["todo", "refused", "todo", "todo"]
+    assert "error: d: its shard is truncated" in err
+    assert asked["a"] == asked["e"] == ["calibrate", "export"] and asked["b"] == ["export"]
+    assert rows["b"]["why"] == "from export on, calibrated by a"
+
+
+def test_options_that_the_launcher_does_not_take(place, capsys):
+    line = ["sweep", "a.yaml"]
     assert app.main([*line, "--launcher-set", "partition=x"]) == 2
     assert "local does not take these options" in capsys.readouterr().err
     assert app.main([*line, "--launcher-set", "partition"]) == 2

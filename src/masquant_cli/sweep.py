@@ -104,7 +104,8 @@ def steps(chosen: Sequence[Member], reuse: Sequence[Path] = ()) -> list:
     problems: list[RecipeError] = []
     for member in chosen:
         try:
-            found.append(pipeline.plan(member.recipe, member.run_dir, reuse, download=False))
+            lent = [*reuse, *_lenders(member, chosen)]
+            found.append(pipeline.plan(member.recipe, member.run_dir, lent, download=False))
         except RecipeError as error:
             name = member.recipe.name
             problems.append(RecipeError(error.message, where=error.where or name, hint=error.hint))
@@ -223,15 +224,20 @@ def _calibrated(
 ) -> list[Path] | None:
     """What to `--reuse` of a finished calibration: nothing where it is the run's own. None where
     there is none yet."""
-    alike = [m for m in chosen if m is not member and m.calibration == member.calibration]
-    others = [calibration_of(RunDir(m.run_dir)).parent for m in alike]
+    lent = [*reuse, *_lenders(member, chosen)]
     try:
-        step = pipeline.plan(member.recipe, member.run_dir, [*reuse, *others], download=False)[0]
+        step = pipeline.plan(member.recipe, member.run_dir, lent, download=False)[0]
     except MasquantError:  # the run itself will say so
         return None
     if step.state != "cached":
         return None
     return [] if step.folder == RunDir(member.run_dir).stage("calibrate") else [step.folder.parent]
+
+
+def _lenders(member: Member, chosen: Sequence[Member]) -> list[Path]:
+    """Where the runs that calibrate alike have, or will have, their calibration."""
+    alike = [m for m in chosen if m is not member and m.calibration == member.calibration]
+    return [calibration_of(RunDir(m.run_dir)).parent for m in alike]
 
 
 def _row(member: Member, outcome: Outcome) -> Row:

@@ -60,33 +60,48 @@ def _dry_run(chosen, reuse, json: bool) -> None:
     from masquant_cli.cli import render
     from masquant_cli.errors import EXIT_ENVIRONMENT
 
-    rows = []
+    rows, makers = [], {}  # calibration -> the first run that makes it, for all
     with render.stdout_reserved():
         for member, steps in zip(chosen, sweeps.steps(chosen, reuse), strict=True):
-            rows.append(_planned(member, steps))
+            rows.append(_planned(member, steps, makers))
     problems = [f"{row['recipe']}: {text}" for row in rows for text in row["problems"]]
     sums = {key: sum(row[key] or 0 for row in rows) for key in ("seconds", "disk_bytes")}
     render.output({"plan": rows, **sums, "problems": problems}, json, plan_table)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
-        raise typer.Exit(EXIT_ENVIRONMENT)
+        raise typer.Exit(next((r["exit_code"] for r in rows if r["exit_code"]), EXIT_ENVIRONMENT))
 
 
-def _planned(member, steps) -> dict[str, Any]:
+def _planned(member, steps, makers: dict[str, str]) -> dict[str, Any]:
+    """One run's row. Notes in `makers` whose calibration is the one that others will share."""
     from masquant_cli import plan
+    from masquant_cli.errors import EXIT_ENVIRONMENT, MasquantError
 
     row = {"recipe": member.recipe.name, "file": member.file, "run_dir": member.run_dir,
-           "seconds": None, "peak_bytes": None, "disk_bytes": None, "problems": []}  # fmt: skip
+           "seconds": None, "peak_bytes": None, "disk_bytes": None, "problems": [],
+           "exit_code": 0}  # fmt: skip
     if isinstance(steps, str):
         return {**row, "state": "damaged", "why": steps}
     todo = [step.stage for step in steps if step.state != "cached"]
     if not todo:
         return {**row, "state": "cached", "why": ""}
-    row |= {"state": "todo", "why": f"from {todo[0]} on"}
-    if found := plan.predict(member.recipe, member.run_dir, todo):
+    shared = ""
+    if todo[0] == "calibrate":
+        maker = makers.setdefault(member.calibration, member.recipe.name)
+        if maker != member.recipe.name:
+            todo, shared = todo[1:], f", calibrated by {maker}"
+    row |= {"state": "todo", "why": f"from {todo[0]} on{shared}"}
+    try:
+        found = plan.predict(member.recipe, member.run_dir, todo)
+    except MasquantError as error:  # of this run alone: the others are planned all the same
+        why = " ".join(str(error).split())
+        return {**row, "state": "refused", "why": why, "problems": [why],
+                "exit_code": error.exit_code}  # fmt: skip
+    if found:
         stages = found["stages"].values()
         row |= {
+            "exit_code": EXIT_ENVIRONMENT if found["problems"] else 0,
             "seconds": found["seconds"],
             "peak_bytes": max(stage["peak_bytes"] for stage in stages),
             "disk_bytes": sum(stage["disk_bytes"] for stage in stages),
