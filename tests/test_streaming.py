@@ -2,6 +2,7 @@
 
 import functools
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -106,11 +107,21 @@ def test_a_layer_at_a_time_is_in_memory(tmp_path, monkeypatch):
         layers = find_sites(skeleton.model)
         mine = {id(p) for p in skeleton.module(layers[index].module).parameters()}
         assert {id(p) for p in skeleton.model.parameters() if not p.is_meta} == mine
+        assert not any(sample() for sample in alive)  # nor their pictures
         real.append(index)
         honest(skeleton, index, batch)
 
+    choose, alive = stage.choose_samples, []
+
+    def choosing(*args):
+        chosen = choose(*args)
+        alive.extend(map(weakref.ref, chosen.samples))
+        return chosen
+
+    monkeypatch.setattr(stage, "choose_samples", choosing)
     monkeypatch.setattr(stage, "run_layer", watching)
     pipeline.run(small(), tmp_path, until="calibrate")
+    assert len(alive) > 10
     assert set(real) == set(range(max(real) + 1)) and max(real) >= 3
 
 

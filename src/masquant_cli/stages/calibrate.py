@@ -56,12 +56,19 @@ def calibrate(job: Job, folder: Path, fingerprint: str) -> dict:
     # be another one on the machine that goes on.
     fingerprint = f"{fingerprint} {chosen.digest} {_same_dtype(job)}"
     done = world.from_main(lambda: _begin(job, chosen, folder, fingerprint))
+    summary = {
+        "samples": len(chosen.samples),
+        "tokens": chosen.tokens,
+        "skipped_long": chosen.skipped_long,
+        "data": chosen.digest,
+    }
     todo = len(layers) - next((i for i, d in enumerate(reversed(done)) if not d), len(layers))
     owners = deal([cost(layer) for layer in layers], world.size)
     with disk_errors(folder), Store(_scratch(folder, world), room_for_hidden(job)) as store:
         if todo > 0:
             start = _resumed(store, world, fingerprint, done)
             work = _embed(job, chosen, store, fresh=start == 0)
+            del chosen  # decoded pictures may be larger than all that is in memory from now on
             progress.stage("calibrate", len(layers), "layers")
             progress.advance(start)
             for layer in layers[start:todo]:
@@ -76,13 +83,7 @@ def calibrate(job: Job, folder: Path, fingerprint: str) -> dict:
                 progress.advance(1)
     world.barrier(folder)
     experts = world.from_main(lambda: coverage(job, folder))
-    return {
-        "samples": len(chosen.samples),
-        "tokens": chosen.tokens,
-        "skipped_long": chosen.skipped_long,
-        "data": chosen.digest,
-        **({"experts": experts} if experts else {}),
-    }
+    return {**summary, **({"experts": experts} if experts else {})}
 
 
 def _same_dtype(job: Job) -> str:
