@@ -84,10 +84,25 @@ def spectrum(name: str, n: int) -> torch.Tensor:
         "steep": 0.8**k + 1e-3,
         "cluster": torch.where(k <= 6, 1.0, 0.05 * k**-0.2),  # six equal ones
         "step at the rank": torch.where(k <= 8, 1.0, 0.97),
+        "deficient": torch.where(k <= 20, 1.0, 0.0),  # more than a block, less than two
+        "barely more": torch.where(k <= 9, 1.0, 0.0),
+        "one loud": torch.where(k <= 1, 30.0, k**-0.1),
     }[name]
 
 
-@pytest.mark.parametrize("name", ["flat", "slow", "steep", "cluster", "step at the rank"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flat",
+        "slow",
+        "steep",
+        "cluster",
+        "step at the rank",
+        "deficient",
+        "barely more",
+        "one loud",
+    ],
+)
 @pytest.mark.parametrize("n_in, n_out", [(160, 230), (230, 160)])
 @pytest.mark.parametrize("by", ["gram", "rows", "nothing"])
 def test_block_krylov_is_within_a_tenth_of_a_percent(n_in, n_out, name, by, monkeypatch):
@@ -111,6 +126,30 @@ def test_block_krylov_is_within_a_tenth_of_a_percent(n_in, n_out, name, by, monk
     assert residual(x, delta, found) <= left * 1.001
     # The reported energy counts the whole residual, not only the part that was iterated on.
     assert found.residual**0.5 == pytest.approx(left, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["some", "equal", "two", "one"])
+def test_block_krylov_ends_where_the_operator_does_and_stays_orthonormal(name):
+    n, rank = 900, 12  # of an operator that a few blocks exhaust, the next block is rounding
+    k = torch.arange(1, n + 1).double()
+    values = {
+        "some": torch.where(k <= 26, 1.0, 0.0),
+        "equal": torch.where(k <= 6, 1.05, 1.0),
+        "two": torch.where(k <= 2, 1 / k, 0.0),
+        "one": torch.where(k <= 1, 1e6, 1 / k),
+    }[name]
+    blocks = []
+
+    def apply(q):
+        blocks.append(q)
+        return values.float()[:, None] * q
+
+    v, found, _ = low_rank.top_eigenvectors(apply, n, rank, float(values.sum()), like=torch.ones(1))
+    assert len(blocks) <= 6
+    assert float((v.T @ v - torch.eye(rank)).abs().max()) < 2e-5  # eps, and sums of 900
+    assert float(found[:rank].sum()) <= float(values[:rank].sum()) * (1 + 5e-6)
+    caught = float((v.double() * (values[:, None] * v.double())).sum())
+    assert caught >= float(values[:rank].sum()) * (1 - 1e-5)
 
 
 def test_block_krylov_gives_up_where_it_does_not_pay():
