@@ -149,6 +149,12 @@ def test_every_field_error_points_at_its_line(write, text, where, what, hint):
     assert hint is None or hint in error.hint
 
 
+@pytest.mark.parametrize("value", ["6 giga", "6", "0", "0.0GB", "-5GB", "GB"])
+def test_what_is_not_a_size_of_memory(value):
+    with pytest.raises(RecipeError, match=r"is not a size: 6GB and 4\.5GiB are"):
+        recipe_yaml.load("tiny-omni-w4a8", [f"resources.max_memory={value}"])
+
+
 def test_all_problems_are_reported_at_once(write):
     error = refusal(
         write("nam: x\ncalibration:\n  tokens: {txt: 5}\n  sources:\n    - dataset: 7\n")

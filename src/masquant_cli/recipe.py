@@ -220,17 +220,30 @@ class Bench(Frozen):
     repeats: Annotated[int, Field(ge=1)] = 5
 
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?)B")
+
+
 class Resources(Frozen):
     """What a run may use. It changes how results come about, never which."""
 
-    max_memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?[KMGT]i?B$")] | None = None  # "6GB"
+    max_memory: str | None = None  # "6GB"
+
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _is_a_size(cls, value: object) -> object:
+        if value is None:
+            return None
+        size = _SIZE.fullmatch(str(value))
+        if not size or not float(size[1]):
+            raise ValueError(f"{value!r} is not a size: 6GB and 4.5GiB are")
+        return value
 
     @property
     def max_bytes(self) -> int | None:
         """`max_memory` in bytes: GB are 10^9, GiB 2^30. None: what the machine has."""
         if self.max_memory is None:
             return None
-        number, unit = re.fullmatch(r"([\d.]+) ?([KMGT]i?)B", self.max_memory).groups()
+        number, unit = _SIZE.fullmatch(self.max_memory).groups()
         return int(float(number) * (1024 if "i" in unit else 1000) ** ("KMGT".index(unit[0]) + 1))
 
 
