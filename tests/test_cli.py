@@ -139,8 +139,9 @@ def test_quiet_leaves_only_warnings(pipeline, capsys):
 
 
 def test_dry_run_says_what_is_cached_stale_or_to_do(pipeline, capsys):
-    code, out, _ = call(capsys, "smooth", "-c", "tiny-omni-w4a8", "--dry-run", "--json")
+    code, out, err = call(capsys, "smooth", "-c", "tiny-omni-w4a8", "--dry-run", "--json")
     assert code == 0 and not pipeline.calls
+    assert "note: there is no prediction, as nothing of builtin:tiny-omni is here" in err
     assert json.loads(out)["plan"] == [
         {"stage": "calibrate", "state": "cached", "why": ""},
         {"stage": "smooth", "state": "stale", "why": "smoothing.beta was 0.5"},

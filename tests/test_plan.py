@@ -200,6 +200,9 @@ def test_what_is_quantized_and_what_is_not(planned):
         "sites": 4, "linears": ["gate_proj", "up_proj"], "in": 256, "out": [768, 768],
         "weights": 4 * 2 * 256 * 768, "rank": 12, "padded_inputs": 0,
     }  # fmt: skip
+    attention = found["matched"]["attn_in"]  # shapes stand beside their linears
+    assert attention["linears"] == ["q_proj", "k_proj", "v_proj"]
+    assert attention["out"] == [256, 128, 128]
     total = sum(site["weights"] for site in found["matched"].values())
     assert total * 2 == found["size"]["float"]
     left = {row["module"]: row["bytes"] for row in found["ignored"]}

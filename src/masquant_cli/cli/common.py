@@ -71,6 +71,10 @@ def show_plan(
     document = {"recipe": recipe.name, "run_dir": run_dir, "plan": states, "prediction": found}
     document |= {"tasks": tasks} if tasks is not None else {}
     render.output(document, json, render_plan.plan)
+    if found is None and todo and tasks is None:
+        model = recipe.model.path
+        print(f"note: there is no prediction, as nothing of {model} is here; its config.json would "
+              f"do: masquant doctor --model {model}", file=sys.stderr)  # fmt: skip
     problems = found["problems"] if found else []
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)

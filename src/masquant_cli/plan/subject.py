@@ -95,7 +95,7 @@ def matched(subject: Subject) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for layer in subject.job.layers:
         for site in layer.sites:
-            names = sorted({name.rpartition(".")[2] for name in site.linears})
+            names = list(dict.fromkeys(name.rpartition(".")[2] for name in site.linears))
             entry = found.setdefault(
                 site.kind,
                 {"sites": 0, "linears": names, "in": site.in_features,
