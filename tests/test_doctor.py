@@ -82,7 +82,8 @@ def test_a_quantized_checkpoint_is_no_start(tmp_path, capsys):
     place = config_only(tmp_path, config, quantization_config={"quant_method": "awq"})
     assert main(["doctor", "--model", place]) == 2
     out = capsys.readouterr().out
-    assert "already quantized (awq)" in out and out.endswith("not supported\n")
+    assert "already quantized (awq)" in out and out.endswith("\nnot supported\n")
+    assert "none here" not in out
 
 
 def test_an_export_of_ours_is_no_start_either(tmp_path):
@@ -110,7 +111,7 @@ def test_of_a_full_omni_checkpoint_the_thinker_is_shown(tmp_path):
         (lambda file: save_file({"lm_head.weight": torch.ones(128, 64)}, file), "lacks"),
     ],
 )
-def test_shards_that_are_not_whole(tmp_path, damage, message):
+def test_shards_that_are_not_whole(tmp_path, damage, message, capsys):
     tiny_families.model("qwen2").save_pretrained(tmp_path)
     assert support(str(tmp_path))["files"]["complete"]
     assert load_file(tmp_path / "model.safetensors")
@@ -119,6 +120,9 @@ def test_shards_that_are_not_whole(tmp_path, damage, message):
     assert not found["supported"] and found["files"] == {"complete": False}
     assert message in found["problems"][0]
     assert found["sites"]  # the rest is told all the same
+    assert main(["doctor", "--model", str(tmp_path)]) == 2
+    out = capsys.readouterr().out
+    assert "damaged or incomplete" in out and "this checkpoint cannot be used" in out
 
 
 MLLAMA = {

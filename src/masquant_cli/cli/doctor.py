@@ -132,14 +132,21 @@ def show_model(document: dict[str, Any]) -> None:
         print("note:", warning)
     for problem in document["problems"]:
         print("problem:", problem)
-    print("supported" if document["supported"] else "not supported")
+    known = "family" in document and not document["quantized_by"]
+    verdict = "a supported family, but this checkpoint cannot be used" if known else "not supported"
+    print("supported" if document["supported"] else verdict)
 
 
 def _supported_facts(document: dict[str, Any], size) -> dict[str, str]:
     parameters, files = document["parameters"], document["files"]
     weights = "none here: config.json alone was read"
-    if files:
-        weights = f"{files['shards']} files, {size(files['bytes'])}" if files["complete"] else "bad"
+    if document["quantized_by"]:
+        weights = "quantized"
+    elif files and files["complete"]:
+        count = files["shards"]
+        weights = f"{count} {'files' if count > 1 else 'file'}, {size(files['bytes'])}"
+    elif files:
+        weights = "damaged or incomplete: see below"
     said = [
         name + (f" (token {', '.join(map(str, tokens))})" if tokens else "")
         for name, tokens in document["modalities"].items()

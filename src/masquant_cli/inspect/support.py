@@ -75,7 +75,10 @@ def _folder(path: str) -> Path:
 
     local = Path(path).expanduser()
     if path.startswith(BUILTIN) or local.exists() or path.count("/") != 1 or path[0] in "./~":
-        return resolve(Model(path=path))
+        try:
+            return resolve(Model(path=path))
+        except RecipeError as error:
+            raise RecipeError(error.message, where="--model", hint=error.hint) from None
     try:
         cached = try_to_load_from_cache(path, "config.json")
         return Path(
