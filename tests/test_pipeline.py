@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from masquant_cli import load_quantized, pipeline, shards
 from masquant_cli.errors import ArtifactError, CheckError, EnvironmentProblem, RecipeError
-from masquant_cli.models.loading import load_float
+from masquant_cli.models.loading import load_float, read_config
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.rundir import STAGES, RunDir
 from masquant_cli.runtime.context import modality_ids as force_ids
@@ -463,6 +463,24 @@ def test_an_unsupported_family_and_a_quantized_checkpoint(finished, tmp_path):
         pipeline.run(small(f"model.path={tmp_path}"), tmp_path / "run")
     with pytest.raises(RecipeError, match="already quantized"):
         pipeline.run(small(f"model.path={finished / 'export/model'}"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"quantization_config": "gptq"}, r"already quantized \(gptq\)"),
+        ({"compression_config": {"quant_method": "x"}}, r"already quantized \(x\)"),
+        ({"text_config": {"quantization_config": {}}, "thinker_config": {
+            "quantization_config": {"bits": 4}}}, r"already quantized \(\?\)"),
+        ({"model_type": "qwen2", "num_hidden_layers": 3, "layer_types": ["full_attention"]},
+         "does not accept this configuration: .*num_hidden_layers"),
+        ({"model_type": "mamba", "layer_types": []}, "does not accept this configuration"),
+    ],
+)  # fmt: skip
+def test_configurations_that_cannot_be_started_from(tmp_path, config, expected):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=expected):
+        read_config(tmp_path)
 
 
 def test_a_missing_folder_and_a_hub_out_of_reach(tmp_path, monkeypatch):

@@ -33,20 +33,30 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
             f"config.json cannot be read: {error}", where=str(folder / "config.json"),
             hint="download the model again",
         ) from error  # fmt: skip
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "?")
+    if (method := quantized_by(raw)) is not None:
         raise RecipeError(
             f"this checkpoint is already quantized ({method})", where=str(folder),
             hint="start from the float checkpoint",
         )  # fmt: skip
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # each configuration class refuses values in its own way
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise RecipeError(
-            f"Transformers does not know this model: {str(error).splitlines()[0]}",
-            where=str(folder / "config.json"), hint="a newer transformers may know it",
+            f"Transformers does not accept this configuration: {reason[:300]}",
+            where=str(folder / "config.json"),
+            hint="is it complete? a newer transformers may know the model",
         ) from error  # fmt: skip
     return config
+
+
+def quantized_by(raw: dict) -> str | None:
+    """How the checkpoint is quantized already, by its config or one of its parts; None if not."""
+    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        for key in ("quantization_config", "compression_config"):
+            if found := part.get(key):
+                return str(found.get("quant_method", "?") if isinstance(found, dict) else found)
+    return None
 
 
 def pick_device(wanted: str) -> torch.device:
