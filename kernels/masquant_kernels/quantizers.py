@@ -47,16 +47,17 @@ def quantize_weight(
     if columns % group:
         raise ValueError(f"group size {group} does not divide {columns} inputs")
     w = w.float().reshape(out, columns // group, group)
-    if not torch.isfinite(w).all():
+    low, high = w.amin(-1), w.amax(-1)
+    if not (torch.isfinite(low) & torch.isfinite(high)).all():  # NaN shows in both
         raise ValueError("the weight has values that are not finite")
     if symmetric:
         limit = qmax(bits)
-        scale = _divide(w.abs().amax(-1), limit).clamp_min(TINY)
+        scale = _divide(torch.maximum(-low, high), limit).clamp_min(TINY)
         q = (w / scale[..., None]).round_().clamp_(-limit, limit)
         return QWeight(q.to(torch.int8).reshape(out, columns), scale, None)
     if bits != 4:
         raise ValueError(f"asymmetric weights are 4 bits, got {bits}")
-    low, high = w.amin(-1).clamp_max(0), w.amax(-1).clamp_min(0)
+    low, high = low.clamp_max(0), high.clamp_min(0)
     scale = _divide(high - low, 15).clamp_min(TINY)
     zero = (-8 - low / scale).round_().clamp_(-8, 7)
     q = ((w / scale[..., None]).round_() + zero[..., None]).clamp_(-8, 7)
