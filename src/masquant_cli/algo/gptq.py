@@ -83,39 +83,49 @@ def _round(
 ) -> torch.Tensor:
     """Integers [out, in] i8 of some outputs. Inside, channels are rows in rounding order, which
     is `seen.order` backwards: from the last row up."""
-    order, channels = seen.order, seen.order.tolist()
-    grid = _Grid(nearest, bits)
+    order = seen.order
     w = weight.float().T.contiguous()[order].to(dtype)
-    wanted = w.clone()  # and what earlier channels add to it
-    error, missed = torch.empty_like(w), torch.empty_like(w)
-    q = torch.empty_like(nearest.q.T)
-
-    def channel_by_channel(low: int, high: int, ahead: torch.Tensor, offset: int) -> None:
-        """Rows low..high - 1; ahead[a - offset, b - offset] is what b answers of a's error."""
-        if high - low > FEW:
-            middle = (low + high) // 2
-            channel_by_channel(middle, high, ahead, offset)
-            share = ahead[middle - offset : high - offset, low - offset : middle - offset]
-            wanted[low:middle].addmm_(share.T, error[middle:high])
-            channel_by_channel(low, middle, ahead, offset)
-            return
-        for j in range(high - 1, low - 1, -1):
-            target = wanted[j]
-            if j < high - 1:
-                answer = ahead[j + 1 - offset : high - offset, j - offset]
-                target = torch.addmv(target, error[j + 1 : high].T, answer)
-            q[channels[j]], value = grid.round(target, channels[j])
-            torch.sub(w[j], value, out=error[j])
-            torch.sub(target, value, out=missed[j])
-
-    state = seen.start(w.shape[1])
+    state = _State(w, _Grid(nearest, bits), order.tolist(), torch.empty_like(nearest.q.T))
+    inputs = seen.start(w.shape[1])
     for low, high, ahead in seen.blocks():
-        seen.answer(state, wanted, low, high)
-        channel_by_channel(low, high, ahead, low)
-        seen.remember(state, error, low, high)
+        seen.answer(inputs, state.wanted, low, high)
+        _channel_by_channel(state, low, high, ahead, low)
+        seen.remember(inputs, state.error, low, high)
     values = dequantize_weight(nearest).T.contiguous()[order].to(dtype)
-    gain = seen.energy(state, error, missed) - seen.energy_of(w - values)
-    return torch.where(gain[:, None] > 0, nearest.q, q.T)
+    gain = seen.energy(inputs, state.error, state.missed) - seen.energy_of(w - values)
+    return torch.where(gain[:, None] > 0, nearest.q, state.q.T)
+
+
+class _State:
+    """One rounding under way: all [in, outputs], rows in rounding order but for `q`."""
+
+    def __init__(self, w: torch.Tensor, grid: "_Grid", channels: list[int], q: torch.Tensor):
+        self.w, self.grid, self.channels, self.q = w, grid, channels, q
+        self.wanted = w.clone()  # and what earlier channels add to it
+        self.error, self.missed = torch.empty_like(w), torch.empty_like(w)
+
+
+def _channel_by_channel(
+    state: _State, low: int, high: int, ahead: torch.Tensor, offset: int
+) -> None:
+    """Rows low..high - 1; ahead[a - offset, b - offset] is what b answers of a's error."""
+    # No closure: one that calls itself is freed, tensors and all, only when garbage is collected.
+    wanted, error = state.wanted, state.error
+    if high - low > FEW:
+        middle = (low + high) // 2
+        _channel_by_channel(state, middle, high, ahead, offset)
+        share = ahead[middle - offset : high - offset, low - offset : middle - offset]
+        wanted[low:middle].addmm_(share.T, error[middle:high])
+        _channel_by_channel(state, low, middle, ahead, offset)
+        return
+    for j in range(high - 1, low - 1, -1):
+        target, channel = wanted[j], state.channels[j]
+        if j < high - 1:
+            answer = ahead[j + 1 - offset : high - offset, j - offset]
+            target = torch.addmv(target, error[j + 1 : high].T, answer)
+        state.q[channel], value = state.grid.round(target, channel)
+        torch.sub(state.w[j], value, out=error[j])
+        torch.sub(target, value, out=state.missed[j])
 
 
 def gptq_round_naive(
