@@ -55,8 +55,9 @@ class World:
         """Go on when every rank has come here, and see what the others wrote in `folder`."""
         self.all_gather(None)
         if folder is not None and self.size > 1:  # opening a folder makes NFS look again
-            for path in (folder, *folder.glob("*/")):
-                os.listdir(path)
+            with suppress(FileNotFoundError):  # a stage of which nobody wrote anything yet
+                for path in (folder.parent, folder, *folder.glob("*/")):
+                    os.listdir(path)
 
     def collect(self, owner: int, tensors: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """On the owner, every rank's tensors (of the same names), in the order of ranks, so that

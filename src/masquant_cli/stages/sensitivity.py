@@ -84,7 +84,7 @@ class Sensitivity:
 def _whole(job: Job) -> Iterator[None]:
     """While open, all weights are in memory."""
     needed, limit = job.float.nbytes(""), budget(job)
-    free = limit - resident()
+    free = max(0, limit - resident())
     if needed > free and job.float.device.type == "cpu":
         raise EnvironmentProblem(
             f"method {job.recipe.method} takes gradients through the whole model: "
