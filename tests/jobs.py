@@ -20,7 +20,7 @@ class Interrupting:
     """Progress that raises KeyboardInterrupt at the n-th unit of one stage."""
 
     def __init__(self, stage: str, after: int):
-        self.wanted, self.after, self.current, self.done = stage, after, "", 0
+        self.wanted, self.after, self.current, self.done = stage, after, None, 0
 
     def stage(self, name, total, unit):
         self.current, self.done = name, 0
