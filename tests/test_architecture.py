@@ -36,8 +36,10 @@ MAY_IMPORT = {
     },
     "bench": {"errors", "progress", "algo", "models", "runtime", "masquant_kernels"},
     "pipeline": {
-        *("distributed", "errors", "machine", "progress", "recipe", "rundir", "shards", "stages"),
+        *("distributed", "errors", "machine", "progress", "recipe", "rundir", "shards"),
+        *("stages", "states"),
     },
+    "states": {"recipe", "rundir", "stages"},
     "entries": {"errors", "pipeline", "recipe", "recipe_yaml"},
     "compare": {
         *("errors", "progress", "recipe", "rows", "rundir"),

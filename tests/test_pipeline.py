@@ -19,6 +19,7 @@ from masquant_cli import load_quantized, pipeline, shards
 from masquant_cli.errors import ArtifactError, CheckError, EnvironmentProblem, RecipeError
 from masquant_cli.models.loading import load_float, read_config
 from masquant_cli.models.modality import modality_ids, token_ids_of
+from masquant_cli.progress import NullProgress
 from masquant_cli.rundir import STAGES, RunDir
 from masquant_cli.runtime.context import modality_ids as force_ids
 from masquant_cli.stages.job import Job
@@ -537,3 +538,17 @@ def test_token_quotas_stop_each_modality_on_its_own():
     assert len(pictures) == 4  # four tokens each: the fourth passes thirteen
     assert 40 <= limited.tokens["audio"] < free.tokens["audio"]
     assert len(limited.samples) < len(free.samples) and limited.digest != free.digest
+
+
+def test_a_limit_of_memory_that_was_not_kept_is_said(finished, tmp_path):
+    class Told(NullProgress):
+        warnings = ()
+
+        def warn(self, message):
+            self.warnings = (*self.warnings, message)
+
+    for limit, count in (("1MB", 1), ("900GB", 0)):
+        told, recipe = Told(), small("method=rtn", f"resources.max_memory={limit}")
+        pipeline.run(recipe, tmp_path / limit, until="smooth", reuse=[finished], progress=told)
+        assert len(told.warnings) == count
+        assert all("smooth took 0." in w and "max_memory is 1MB" in w for w in told.warnings)

@@ -1,15 +1,13 @@
 """READ FIRST. The whole line: recipe -> calibrate -> smooth -> compensate -> export.
 
 A stage is a function that reads the artifacts of the stages before it and writes its own. Its
-fingerprint hashes everything its result depends on, so a finished stage whose fingerprint still
-holds is never repeated, and one whose inputs changed is never trusted.
+fingerprint (states.py) hashes everything its result depends on, so a finished stage whose
+fingerprint still holds is never repeated, and one whose inputs changed is never trusted.
 """
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from masquant_cli import distributed
@@ -19,10 +17,8 @@ from masquant_cli.machine import measure
 from masquant_cli.progress import NullProgress, Progress
 from masquant_cli.rundir import (
     RECIPE,
-    STAGES,
     Manifest,
     RunDir,
-    damaged_output,
     file_sha256,
     fingerprint,
     read_manifest,
@@ -32,20 +28,9 @@ from masquant_cli.rundir import (
     write_json,
     write_manifest,
 )
+from masquant_cli.states import StagePlan, device_of, plan
 
 ALONE = ("export",)  # stages that rank 0 does by itself; the others wait
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """What `run` would do with a stage: cached | stale | todo, and why."""
-
-    stage: str
-    state: str
-    why: str
-    fingerprint: str
-    reads: dict  # what the fingerprint hashes
-    folder: Path
 
 
 def run(
@@ -68,7 +53,7 @@ def run(
     run = RunDir(Path(run_dir))
     done: dict[str, dict] = {}
     with run.lock() if world.main else nullcontext():
-        world.use(_device(recipe))
+        world.use(device_of(recipe))
         steps = world.from_main(lambda: _begin(job, run, reuse))
         world.check_shared(run.path)
         upstream = ""
@@ -77,6 +62,7 @@ def run(
             cached = manifest is not None
             if not cached:
                 manifest = _run_stage(job, step, recipe.seed, upstream)
+                _warn_of_memory(job, manifest)
             upstream = fingerprint(manifest.outputs)
             job.finished[step.stage] = (step.folder, manifest)
             if step.stage == "calibrate" and world.main:
@@ -112,148 +98,6 @@ def _still_cached(step: StagePlan, upstream: str) -> Manifest | None:
     manifest = read_manifest(step.folder) if step.state == "cached" else None
     # A stage before it may have been done again and come out differently.
     return manifest if manifest is not None and manifest.upstream == upstream else None
-
-
-def plan(
-    recipe: recipes.Recipe, run_dir: Path, reuse: Sequence[Path] = (), *, download: bool = True
-) -> list[StagePlan]:
-    """The state of every stage, from manifests alone; no model is loaded.
-
-    A model on the hub is downloaded, as its files decide; without `download` every stage of a
-    model that is not in the cache is to do.
-    """
-    run = RunDir(Path(run_dir))
-    reads = inputs(recipe, download=download)
-    if reads is None:
-        why = f"{recipe.model.path} has yet to be downloaded"
-        return [StagePlan(stage, "todo", why, "", {}, run.stage(stage)) for stage in STAGES]
-    steps: list[StagePlan] = []
-    before = ""
-    for stage in STAGES:
-        before = wanted = fingerprint([stage, reads[stage], before])
-        folder, state, why = run.stage(stage), *_state(run.stage(stage), wanted, reads[stage])
-        if stage == "calibrate" and state != "cached":
-            for other in reuse:
-                candidate = RunDir(Path(other)).stage(stage)
-                found, reason = _state(candidate, wanted, reads[stage])
-                if found == "cached":
-                    folder, state, why = candidate, "cached", f"reused from {other}"
-                    break
-                why += f"; not reused from {other}: {reason}"
-        if stage == "export" and state == "cached" and (lack := _unverified(recipe, folder)):
-            state, why = "stale", lack
-        steps.append(StagePlan(stage, state, why, wanted, reads[stage], folder))
-    return steps
-
-
-def recipe_of(run_dir: Path) -> recipes.Recipe:
-    """The recipe that a run directory was last run with. Raises RecipeError, ArtifactError."""
-    path = Path(run_dir) / RECIPE
-    try:
-        return recipes.Recipe.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise RecipeError(
-            "not a run directory: it has no recipe.json",
-            where=str(run_dir),
-            hint="name a directory that `masquant run` has written to",
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ArtifactError(
-            f"this run's recipe cannot be read: {reason}",
-            where=str(path),
-            hint="run the recipe again in this directory",
-        ) from error
-
-
-def inputs(recipe: recipes.Recipe, *, download: bool = True) -> dict[str, dict] | None:
-    """Per stage, all that its result depends on besides the stages before it, json-able.
-
-    None when the model is on the hub and `download` is not wanted.
-    """
-    from masquant_cli.stages import VERSIONS, data_fingerprint, model_fingerprint
-
-    if (model := model_fingerprint(recipe.model, download=download)) is None:
-        return None
-    whole = recipe.model_dump(mode="json")
-    compensation, weights = whole["compensation"], whole["weights"]
-    rounding = weights.pop("rounding")  # of the base weight, after its scales are chosen
-    reads = {
-        "calibrate": {
-            "the model's files": model,
-            "the data files": data_fingerprint(recipe.calibration),
-            "model": {"dtype": recipe.model.dtype},
-            "device": _device(recipe),
-            **{key: whole[key] for key in ("modalities", "calibration", "seed")},
-        },
-        "smooth": {
-            "weights": weights,
-            **{key: whole[key] for key in ("method", "activations", "smoothing")},
-            "compensation": {key: compensation[key] for key in ("rank", "sites")},
-        },
-        "compensate": {"compensation": compensation, "weights": {"rounding": rounding}},
-        # How it is verified changes nothing in it: `_unverified` asks whether that was done.
-        "export": {"name": recipe.name, "model": {"path": recipe.model.path}},
-    }
-    return {stage: {"masquant's stage": VERSIONS[stage], **reads[stage]} for stage in STAGES}
-
-
-def _device(recipe: recipes.Recipe) -> str:
-    """Where the job runs: devices round differently, and `dtype: auto` depends on it."""
-    if recipe.device != "auto":
-        return recipe.device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _state(folder: Path, wanted: str, reads: dict) -> tuple[str, str]:
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return "todo", "never finished"
-    if manifest.fingerprint != wanted:
-        return "stale", _changed(_flat(manifest.reads), _flat(reads))
-    if lost := damaged_output(folder, manifest):
-        return "stale", f"its output {lost} is gone or was changed"
-    return "cached", "finished"
-
-
-def _unverified(recipe: recipes.Recipe, folder: Path) -> str | None:
-    """What a finished export lacks that the recipe asks for, or None."""
-    found = read_manifest(folder).summary.get("verified")
-    if not recipe.export.verify:
-        return None
-    if found is None:
-        return "it was written without being verified"
-    worst, tolerance = max(found.values()), recipe.export.tolerance
-    return f"its logits are verified to {worst:.1e} only" if worst > tolerance else None
-
-
-def _changed(old: dict[str, object], new: dict[str, object]) -> str:
-    """Which inputs differ: "weights.bits was 4, is 8"."""
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    if not keys or not old:
-        return "a stage before it changed" if old else "its inputs are not known"
-    first = keys[0]
-    values = f"{json.dumps(old.get(first))} -> {json.dumps(new.get(first))}"  # as YAML has them
-    # Hashes, and lists that were longer on one side, say nothing to a person.
-    brief = len(values) < 60 and "files" not in first and first in old and first in new
-    more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
-    return f"{first} changed{f': {values}' if brief else ''}{more}"
-
-
-def _flat(content: object, prefix: str = "") -> dict[str, object]:
-    """Nested mappings and lists as one mapping of dotted keys, as `--set` writes them."""
-    if isinstance(content, dict):
-        pairs = list(content.items())
-    elif isinstance(content, list):
-        pairs = list(enumerate(content))
-    else:
-        return {prefix: content}
-    flat: dict[str, object] = {}
-    for key, value in pairs:
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def _run_stage(job, step: StagePlan, seed: int, upstream: str) -> Manifest:
@@ -299,6 +143,36 @@ def _outputs(folder: Path) -> dict[str, int]:
     paths = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     shown = [p for p in paths if not any(part[0] == "." for part in p.parts)]
     return {p.as_posix(): (folder / p).stat().st_size for p in shown}
+
+
+def _warn_of_memory(job, manifest: Manifest) -> None:
+    """A limit below what one layer, one batch and the libraries take cannot be kept."""
+    limit, took = job.recipe.resources.max_bytes, manifest.peak_bytes * job.world.local_size
+    if limit and took > limit and job.world.main:
+        job.progress.warn(
+            f"{manifest.stage} took {took / 1e9:.2g} GB of memory, resources.max_memory is "
+            f"{job.recipe.resources.max_memory}: `--dry-run` says what a run needs"
+        )
+
+
+def recipe_of(run_dir: Path) -> recipes.Recipe:
+    """The recipe that a run directory was last run with. Raises RecipeError, ArtifactError."""
+    path = Path(run_dir) / RECIPE
+    try:
+        return recipes.Recipe.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise RecipeError(
+            "not a run directory: it has no recipe.json",
+            where=str(run_dir),
+            hint="name a directory that `masquant run` has written to",
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(
+            f"this run's recipe cannot be read: {reason}",
+            where=str(path),
+            hint="run the recipe again in this directory",
+        ) from error
 
 
 def exported(recipe: recipes.Recipe, run_dir: Path) -> Path:
