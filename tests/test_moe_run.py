@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_families_run import TEXT, recipe, shard, with_media
 
 from masquant_cli import load_quantized, pipeline, shards
+from masquant_cli.algo.site import heldout_error
 from masquant_cli.data.inputs import model_inputs
 from masquant_cli.errors import RecipeError
 from masquant_cli.models.experts import Experts, unfuse
@@ -24,7 +26,9 @@ from masquant_cli.progress import NullProgress
 from masquant_cli.recipe import Calibration
 from masquant_cli.stages import calibrate as calibrating
 from masquant_cli.stages.coverage import keeps_gram, rows_kept, stand_ins
+from masquant_cli.stages.job import Job
 from masquant_cli.stages.samples import choose_samples, encode_group, groups
+from masquant_cli.stages.smooth import site_problem
 
 SOURCES = {"vision": with_media("image", "vision"), "audio": with_media("audio", "audio")}
 EXPERTS = tiny_moe.EXPERTS
@@ -180,6 +184,25 @@ def test_a_modality_that_an_expert_hardly_saw_takes_another_ones_scale(full_omni
             said = notes[f"mlp_out.{expert}"]["heldout_sqnr_db"]
             assert (said[1] is None) == (vision[expert] == 0)
     assert told > 4
+
+
+def test_what_is_said_of_an_expert_is_of_the_scales_that_are_stored(full_omni):
+    folder, _, _ = full_omni
+    job = Job(job_on(folder / "float", "vision", "audio"), NullProgress())
+    borrowed = 0
+    for layer in job.layers:
+        path = folder / "run" / "smooth" / "layers" / f"{layer.layer:03d}.safetensors"
+        scales, notes = load_file(path), shards.read_header(path)["notes"]
+        tensors = load_file(folder / "run" / "calibrate" / path.relative_to(folder / "run/smooth"))
+        for site in layer.sites:
+            problem = site_problem(job, site, tensors)
+            if any(problem.tokens):
+                borrowed += site.expert is not None and 0 < min(problem.tokens) < 8
+                errors = heldout_error(problem, scales[f"{site.key}.scale"])
+                for said, error in zip(notes[site.key]["heldout_sqnr_db"], errors, strict=True):
+                    if said is not None:
+                        assert said == pytest.approx(-10 * math.log10(error), abs=2e-3), site.key
+    assert borrowed > 2
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -86,6 +87,18 @@ def test_rows_say_what_their_gram_says_where_none_was_kept():
         torch.testing.assert_close(found.T @ found, expected, rtol=1e-3, atol=1e-7)
     kept = {"mlp_out.vision.gram": given.rows[1].T @ given.rows[1]}
     assert set(pooled_inputs(JOB, SITE, given, scale, kept, 1.0)) == {"gram"}
+
+
+def test_a_modality_of_one_token_is_in_the_gram_that_gptq_sees():
+    one = problem().rows[1][:1]
+    rows, heldout = ((x[0], one, x[2]) for x in (problem().rows, problem().heldout))
+    given = replace(problem(), rows=rows, heldout=heldout, tokens=(70, 1, 70))
+    scale = torch.ones(3, 60)
+    gram = (one.double().T @ one.double()).float() * (1 + 1e-7)  # less itself this is rounding
+    found = pooled_gram(JOB, SITE, given, scale, {"mlp_out.vision.gram": gram}, 1.0)
+    torch.testing.assert_close(
+        found, pooled_gram(JOB, SITE, given, scale, {}, 1.0), rtol=1e-4, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -96,7 +96,8 @@ def pooled_gram(
     total = torch.zeros(weights.shape[1], weights.shape[1], device=scale.device)
     for m, name in enumerate(job.recipe.modalities):
         key = f"{site.key}.{name}.gram"
-        if key in statistics:  # of all tokens: those that will judge are taken out
+        # Of all tokens; those that will judge are taken out, unless they are all there are.
+        if key in statistics and problem.tokens[m] > len(problem.heldout[m]):
             gram = (
                 statistics[key]
                 .to(scale.device)

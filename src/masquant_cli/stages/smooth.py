@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from masquant_cli import shards
-from masquant_cli.algo.site import Learned, SiteProblem
+from masquant_cli.algo.site import Learned, SiteProblem, judged
 from masquant_cli.methods import find
 from masquant_cli.methods.method import Layer
 from masquant_cli.models.sites import LayerSites, Site
@@ -91,8 +91,11 @@ def _solve(
     for site in layer.sites:
         if site.key in solved:
             one, known = solved[site.key], tokens[site.key]
-            errors = tuple(e if n else None for e, n in zip(one.error, known, strict=True))
             scale = one.scale[stand_ins(site, known)]
+            used = [m for m, count in enumerate(known) if count or m == 0]
+            if not torch.equal(scale[used], one.scale[used]):  # then it was judged for others
+                one = judged(problem.sites[site.key], scale, one.origin)
+            errors = tuple(e if n else None for e, n in zip(one.error, known, strict=True))
             found[site.key] = replace(one, scale=scale, error=errors)
         else:
             ones = torch.ones(len(job.recipe.modalities), site.in_features)
