@@ -458,6 +458,16 @@ def test_a_model_folder_without_its_tokenizer(model_copy, tmp_path):
         pipeline.run(small(f"model.path={model_copy}"), tmp_path / "run")
 
 
+def test_a_model_folder_with_a_damaged_tokenizer(model_copy, tmp_path):
+    (model_copy / "tokenizer.json").write_text('{"model": {"type": "BPE"')
+    with pytest.raises(RecipeError, match="processor cannot be loaded: ") as caught:
+        pipeline.run(small(f"model.path={model_copy}"), tmp_path / "run")
+    assert "\n" not in caught.value.message
+    (model_copy / "tokenizer.json").write_text('{"model": {"type": "None"}}')
+    with pytest.raises(RecipeError, match="processor cannot be loaded: "):
+        pipeline.run(small(f"model.path={model_copy}"), tmp_path / "run")
+
+
 def test_an_unsupported_family_and_a_quantized_checkpoint(finished, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(RecipeError, match="not supported yet"):

@@ -94,7 +94,8 @@ def _environment(error: BaseException) -> Failure | None:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("masquant"):
         hint = f"install it in {sys.prefix}, or run masquant doctor"
         return Failure(f"the package {error.name!r} is missing", None, hint, EXIT_ENVIRONMENT)
-    if isinstance(error, ConnectionError) or module.split(".")[0] in NETWORK:
+    network = module.split(".")[0] in NETWORK and not name.startswith("StrictDataclass")
+    if isinstance(error, ConnectionError) or network:
         hint = "check the network, HF_ENDPOINT and HF_TOKEN; files already cached need none"
         first = text.strip().splitlines()[0] if text.strip() else name
         return Failure(f"the hub cannot be used: {first}", None, hint, EXIT_ENVIRONMENT)

@@ -10,7 +10,7 @@ import transformers
 from safetensors import SafetensorError
 
 from masquant_cli import recipe as recipes
-from masquant_cli.errors import EnvironmentProblem, RecipeError
+from masquant_cli.errors import EnvironmentProblem, MasquantError, RecipeError
 from masquant_cli.models.families import family_of
 from masquant_cli.models.resolve import resolve
 
@@ -136,9 +136,12 @@ def load_processor(folder: Path) -> Any:
         if getattr(getattr(processor, "tokenizer", processor), "vocab_size", None) in (0, 1):
             raise ValueError("its tokenizer has no vocabulary")
         return processor
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (MasquantError, MemoryError):
+        raise
+    except Exception as error:  # tokenizers raises no narrower one for a damaged file
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise RecipeError(
-            f"the processor cannot be loaded: {str(error).splitlines()[0]}", where=str(folder),
+            f"the processor cannot be loaded: {reason[:300]}", where=str(folder),
             hint="the folder must hold preprocessor and tokenizer files; some need torchvision: "
             "pip install 'masquant[vision]'",
         ) from error  # fmt: skip
