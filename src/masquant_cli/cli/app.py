@@ -42,7 +42,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.add_typer(bench.app, name="bench")
-app.command()(report.report)
 
 
 def _version(wanted: bool) -> None:
@@ -65,7 +64,10 @@ def run(
     config: Config, run_dir: RunDir = None, set_: Set = None, reuse: Reuse = None,
     json: Json = False, dry_run: DryRun = False, on: On = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """All stages: recipe in, low-bit checkpoint out."""
+    """All stages: recipe in, low-bit checkpoint out.
+
+    With several processes: torchrun --nproc-per-node N -m masquant_cli run ...
+    """
     if on and not dry_run:
         raise RecipeError("--on is for --dry-run", where=f"--on {on}", hint="run it there")
     _stages("export", config, run_dir, set_, reuse, json, dry_run, quiet, on)
@@ -151,6 +153,7 @@ def evaluate(
 app.command("compare")(compare.compare)
 app.command("sweep")(sweep.sweep)
 app.command("inspect")(inspect.inspect)
+app.command("report")(report.report)
 
 
 @app.command()
@@ -202,7 +205,7 @@ def doctor(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Check this machine: versions, devices, memory, disk, hub; or a model: is it supported?"""
+    """Check this machine, or whether a model is supported."""
     from masquant_cli.cli import doctor as check
     from masquant_cli.cli import render
 

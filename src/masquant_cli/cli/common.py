@@ -29,7 +29,9 @@ Reuse = Annotated[
     typer.Option(metavar="DIR", help="Take a finished calibration from this run; repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and why.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only say what would be done and what it takes.")
+]
 On = Annotated[
     str | None,
     typer.Option(metavar="MACHINE", help="With --dry-run: predict for h200, h200x8, h100, a100."),

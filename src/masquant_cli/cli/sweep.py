@@ -32,7 +32,10 @@ def sweep(
     set_: Set = None, reuse: Reuse = None,
     json: Json = False, dry_run: DryRun = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Run many recipes: what is finished is skipped, what fails does not stop the rest."""
+    """Many recipes, here or over a fleet; finished runs are skipped.
+
+    A run that fails does not stop the others; the same command tries it again.
+    """
     from masquant_cli import sweep as sweeps
     from masquant_cli.cli import console, render
 
