@@ -17,8 +17,10 @@ from masquant_cli.errors import RecipeError
 from masquant_cli.methods import find
 from masquant_cli.methods.method import Layer
 from masquant_cli.plan import rates, work
+from masquant_cli.plan.coverage import Coverage
 from masquant_cli.plan.machine import elsewhere
 from masquant_cli.plan.rates import Bench
+from masquant_cli.plan.stages import Planner
 from masquant_cli.plan.subject import open_subject
 from masquant_cli.plan.tape import Call, Shape, Tape, record
 from masquant_cli.recipe import Smoothing
@@ -325,3 +327,20 @@ def test_a_model_on_the_hub_is_not_fetched(tmp_path, monkeypatch):
 def _absent(*_, local_files_only=False, **__):
     assert local_files_only
     raise OSError("not here")
+
+
+def test_towers_that_do_not_fit_at_once_are_planned_part_by_part():
+    """As calibrate reads them: blocks again for every batch, of the word embeddings rows alone."""
+    subject = open_subject(small(), "cpu")
+    covered = Coverage(dict.fromkeys(("text", "vision", "audio"), 8), "chosen", 2, ((1, 8), (1, 8)))
+
+    def outside(limit: float) -> tuple[int, int]:
+        return Planner(subject, covered, elsewhere("h200"), 0, int(limit), False)._outside()
+
+    model = subject.job.float.model
+    blocks = [sum(p.nbytes for p in block.parameters())
+              for block in (*model.model.visual.blocks, *model.model.audio_tower.layers)]  # fmt: skip
+    whole, read = outside(1e12)
+    assert whole == read
+    rest = whole - sum(blocks) - model.get_input_embeddings().weight.nbytes
+    assert outside(1e6) == (rest + max(blocks), rest + 2 * sum(blocks))

@@ -15,6 +15,8 @@ from masquant_cli.plan.machine import Elsewhere, Here
 from masquant_cli.plan.subject import Subject, carried, size
 from masquant_cli.plan.tape import Tape, record
 from masquant_cli.plan.work import META, Kind
+from masquant_cli.stages.memory import SPARE, embedding_bytes
+from masquant_cli.stages.walk import tower_blocks
 
 TOWER = 4  # positions in a tower for each token that it gives
 STARTING = 8.0  # seconds until a fresh process answers
@@ -66,10 +68,10 @@ class Planner:
         batches = cover.padded / (samples * length)
         mix = {m: int(n * samples * length / max(1, sum(cover.tokens.values())))
                for m, n in cover.tokens.items()}  # fmt: skip
-        outside = job.float.nbytes(*job.float.names_outside_layers())
+        outside, read = self._outside()
         seconds = self.subject.seconds + 1.8 * cover.choosing
         tower = self._tower()
-        seconds += outside * machine.reading + machine.seconds(tower) / machine.processes
+        seconds += read * machine.reading + machine.seconds(tower) / machine.processes
         peak = outside + tower.peak
         disk = 0
         for kind in self.kinds:
@@ -87,6 +89,23 @@ class Planner:
         spilled = hidden // 2 if hidden // 2 > room else 0
         kept = samples * length * 4 * itemsize if spilled else hidden // 2
         return self._prediction(seconds, peak, disk, also=kept, spilled=spilled)
+
+    def _outside(self) -> tuple[int, int]:
+        """Bytes of towers and embeddings that are in memory together, and that are read: all once,
+        or part by part for every batch where there is no room for them at once."""
+        skeleton = self.job.float
+        names = skeleton.names_outside_layers()
+        whole = skeleton.nbytes(*names)
+        if self.gpu or embedding_bytes(self.job) <= (1 - SPARE) * self.limit - self.base:
+            return whole, whole
+        words = skeleton.model.get_input_embeddings().weight
+        blocks = tower_blocks(skeleton)
+        parts = [skeleton.nbytes(block) for block in blocks]
+        inside = tuple(f"{block}." for block in blocks)
+        held = [name for name in names if not name.startswith(inside)]
+        held = [name for name in held if skeleton.model.get_parameter(name) is not words]
+        rest = skeleton.nbytes(*held) if held else 0
+        return rest + max(parts, default=0), rest + sum(parts) * len(self.coverage.batches)
 
     def smooth(self) -> Prediction:
         job, machine = self.job, self.machine

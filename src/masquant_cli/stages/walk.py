@@ -59,7 +59,7 @@ def before_layers(skeleton: Skeleton, *, at_once: bool = False) -> Iterator[None
     words = skeleton.model.get_input_embeddings()
     rows_only = type(words) is nn.Embedding and words.max_norm is None
     read_by_row = {id(words.weight)} if rows_only else set()
-    blocks = _tower_blocks(skeleton)
+    blocks = tower_blocks(skeleton)
     inside = tuple(f"{path}." for path in blocks)
     at_once = [
         name
@@ -76,7 +76,7 @@ def before_layers(skeleton: Skeleton, *, at_once: bool = False) -> Iterator[None
         yield
 
 
-def _tower_blocks(skeleton: Skeleton) -> list[str]:
+def tower_blocks(skeleton: Skeleton) -> list[str]:
     """Members of the module lists that do not lie in the decoder, outermost lists only."""
     decoder = layers_path(skeleton.model, skeleton.family).rpartition(".")[0] + "."
     found: list[str] = []
