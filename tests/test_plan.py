@@ -235,6 +235,9 @@ def test_what_does_not_fit_is_exit_code_3(tmp_path, monkeypatch, capsys):
     assert "has 0.0 GB left" in err
     assert list(document["prediction"]["stages"]) == ["calibrate", "smooth"]
     assert not (tmp_path / "runs").exists()
+    line = ["run", *line[1:], "--on", "h200", "--set", "resources.max_memory=20MB"]
+    assert app.main(line) == 3  # of another machine this limit alone is known
+    assert len(json.loads(capsys.readouterr().out)["prediction"]["problems"]) == 4
 
 
 def small_sets():
@@ -338,8 +341,8 @@ def test_towers_that_do_not_fit_at_once_are_planned_part_by_part():
         return Planner(subject, covered, elsewhere("h200"), 0, int(limit), False)._outside()
 
     model = subject.job.float.model
-    blocks = [sum(p.nbytes for p in block.parameters())
-              for block in (*model.model.visual.blocks, *model.model.audio_tower.layers)]  # fmt: skip
+    towers = (*model.model.visual.blocks, *model.model.audio_tower.layers)
+    blocks = [sum(p.nbytes for p in block.parameters()) for block in towers]
     whole, read = outside(1e12)
     assert whole == read
     rest = whole - sum(blocks) - model.get_input_embeddings().weight.nbytes

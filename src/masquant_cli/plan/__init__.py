@@ -107,13 +107,14 @@ def _coverage(recipe: Recipe, covered: Coverage) -> dict[str, Any]:
 def _problems(planner: Planner, stages: dict, run_dir: Path, remote: Elsewhere | None) -> list[str]:
     """What does not fit, in sentences."""
     found = []
-    if remote is None:
+    if remote is None or planner.job.recipe.resources.max_memory:
         for name, stage in stages.items():
             if stage.ram > planner.limit:
                 found.append(
                     f"{name} needs {stage.ram / 1e9:.1f} GB of memory, "
                     f"{planner.limit / 1e9:.1f} GB may be used"
                 )
+    if remote is None:
         near = next(p for p in (run_dir, *run_dir.resolve().parents) if p.is_dir())
         free, needed = shutil.disk_usage(near).free, sum(s.disk for s in stages.values())
         if needed > free:
