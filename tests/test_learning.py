@@ -7,6 +7,7 @@ import pytest
 import torch
 from masquant_kernels.quantizers import quantize_weight
 
+from masquant_cli.algo import joint
 from masquant_cli.algo import site as site_module
 from masquant_cli.algo.joint import learn_joint
 from masquant_cli.algo.learning import Adam, Schedule, learn_mas, learn_uniform
@@ -99,6 +100,21 @@ def test_joint_is_never_worse_than_the_simple_choices(weight_bits, activation_bi
     for name, scale in others.items():
         assert sum(found.error) <= sum(heldout_error(problem, scale)) * (1 + 1e-4), name
     assert found.error == pytest.approx(heldout_error(problem, found.scale), rel=1e-3)
+
+
+def test_a_shared_scale_is_judged_by_what_is_best_for_the_others(monkeypatch):
+    """Where only eq. 12 goes with the base's own scale, that scale must not be left out."""
+    problem = site(8, 8)
+    closed = eq12(problem)
+    own = problem.smoothed(closed[0])
+
+    def error(_problem, m, base, scale, _start=None):
+        fits = torch.equal(base, own) and torch.equal(scale, closed[m])
+        return (0.1 if m == 0 or fits else 0.9 if torch.equal(base, own) else 0.5), None
+
+    monkeypatch.setattr(joint, "modality_error", error)
+    scale, _, origin = joint._best_start(problem, torch.cat([closed[:1], 2 * closed[1:]]))
+    assert torch.equal(scale, closed), origin
 
 
 def test_joint_is_much_better_than_the_paper_where_a_modality_dominates():

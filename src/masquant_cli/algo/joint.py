@@ -11,7 +11,8 @@ from masquant_cli.algo.linear import fake_quant_rows_ste
 from masquant_cli.algo.site import Learned, SiteProblem, judged, modality_error
 from masquant_cli.algo.smoothing import align, closed_form_scale, uniform_absmax
 
-FEW = ("base", "eq. 14", "aligned eq. 14")  # choices of a modality that a shared scale is judged by
+# Choices of a modality that a shared scale is judged by: what is near it, and what is its own.
+FEW = ("base", "eq. 12", "eq. 14", "aligned eq. 14")
 
 
 def learn_joint(problem: SiteProblem, schedule: Schedule, mas: torch.Tensor) -> Learned:
