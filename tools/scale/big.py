@@ -124,6 +124,8 @@ def vl3b(work: Path, say: Callable[[str], None], size: str = "3b") -> dict:
 
     log = work / f"vl-{size}.log"
     first = watched(command, interrupt=half_done, log=log)
+    if first["code"] == 0:
+        raise Failed("the run was to be interrupted, and went on to its end")
     say(f"interrupted after {first['wall_seconds']:.0f} s")
     second = watched(command, log=log)
     stages = stage_seconds(run_dir)

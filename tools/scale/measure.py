@@ -40,7 +40,7 @@ def watched(
 
     The tree's peak is the largest sum of resident sets of the process and all its descendants,
     sampled; rss_peak_bytes is the largest VmHWM that any one of them showed. `interrupt` is asked
-    at every look; once it says yes the command gets SIGINT. Raises Failed.
+    at every look; once it says yes the command gets SIGTERM. Raises Failed.
     """
     paths = [str(ROOT / "src"), str(ROOT / "kernels")]
     environment = {
@@ -62,7 +62,7 @@ def watched(
                 tree, single = max(tree, now[0]), max(single, now[1])
                 if interrupt and not interrupted and interrupt():
                     interrupted = True
-                    process.send_signal(2)
+                    process.terminate()  # SIGINT is ignored where a shell put us aside
                 time.sleep(TICK)
         finally:
             if process.poll() is None:
