@@ -37,9 +37,7 @@ class LayerJob(Job):
         self.float = SimpleNamespace(device=torch.device("cpu"), weight=lambda _: layer.weight)
         self.layers = [LayerSites(0, "", (SITE,))]
 
-    def read(
-        self, stage: str, layer: int, prefix: str = "", suffix: str = ""
-    ) -> dict[str, Tensor]:
+    def read(self, stage: str, layer: int, prefix: str = "", suffix: str = "") -> dict[str, Tensor]:
         if stage == "calibrate":
             names = (n for n in self.statistics if n.startswith(prefix) and n.endswith(suffix))
             return {name: self.statistics[name] for name in names}
