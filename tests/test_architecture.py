@@ -27,12 +27,12 @@ MAY_IMPORT = {
     "shard_writer": {"models", "rundir"},
     "algo": {"masquant_kernels"},
     "methods": {"algo", "recipe"},
-    "models": {"errors", "recipe"},
+    "models": {"errors", "machine", "recipe"},
     "data": {"errors", "recipe"},
     "runtime": {"errors", "algo", "models", "masquant_kernels"},
     "stages": {
-        *("distributed", "errors", "progress", "recipe", "rundir", "shards", "shard_writer"),
-        *("algo", "methods", "models", "data", "runtime", "masquant_kernels"),
+        *("distributed", "errors", "machine", "progress", "recipe", "rundir", "shards"),
+        *("shard_writer", "algo", "methods", "models", "data", "runtime", "masquant_kernels"),
     },
     "bench": {"errors", "progress", "algo", "models", "runtime", "masquant_kernels"},
     "pipeline": {

@@ -164,7 +164,8 @@ def test_wide_weights_in_fp32_and_in_chunks_err_as_little(few_rows, monkeypatch)
     gram = None if few_rows else x.T @ x
     exact = {"rows": x} if few_rows else {}
     single = gptq_round(w, gram, 4, 20, **exact)
-    monkeypatch.setattr(gptq, "CHUNK", 520 * 8)
+    monkeypatch.setattr(gptq, "CHUNK", {"cpu": 520 * 8})
+    monkeypatch.setattr(gptq, "FEWEST", 1)
     monkeypatch.setattr(curvature, "PRECISE", 1)
     chunked = gptq_round(w, gram, 4, 20, **exact)
     if few_rows:

@@ -1,6 +1,7 @@
 """What a stage cost: wall seconds, and peak memory of this process and of its GPU."""
 
 import contextlib
+import ctypes
 import resource
 import sys
 import time
@@ -20,6 +21,7 @@ class Cost:
 def measure() -> Iterator[Cost]:
     """Fill in a `Cost` when the block ends. The peak is the block's own on Linux."""
     cost = Cost()
+    give_back_memory()
     _reset_peak()
     cuda = _cuda()
     if cuda:
@@ -30,6 +32,12 @@ def measure() -> Iterator[Cost]:
     cost.peak_bytes = _peak()
     if cuda:
         cost.peak_gpu_bytes = cuda.max_memory_allocated()
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system; glibc keeps what lies below something that is in use."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cuda():

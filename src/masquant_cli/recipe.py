@@ -87,7 +87,7 @@ class Calibration(Frozen):
     tokens: dict[Modality, Annotated[int, Field(ge=1)]] = {}  # quota: enough is enough
     min_tokens: Annotated[int, Field(ge=1)] = 256  # warn below, per modality
     max_length: Annotated[int, Field(ge=8)] = 2048  # longer samples are skipped
-    batch_tokens: Annotated[int, Field(ge=1)] = 1024  # padded tokens per forward pass
+    batch_tokens: Annotated[int, Field(ge=1)] = 512  # padded tokens per forward pass
     rows: Annotated[int, Field(ge=16)] = 512  # seeded rows kept per site and modality
     gram: tuple[SiteKind, ...] = ("attn_in", "attn_out", "mlp_in")
 

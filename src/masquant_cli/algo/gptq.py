@@ -11,7 +11,9 @@ from masquant_kernels.quantizers import QWeight, dequantize_weight, quantize_wei
 
 from masquant_cli.algo.curvature import Curvature, of_gram, of_rows
 
-CHUNK = 2**23  # weights that are in work at a time: outputs are independent of one another
+# Weights that are in work at a time: outputs are independent of one another. Ten copies are made.
+CHUNK = {"cpu": 2**21, "cuda": 2**26}
+FEWEST = 512  # outputs at a time: every channel is a step, however few there are
 PRECISE = 512  # up to so many channels sums are fp64, beyond fp32
 FEW = 8  # channels that see each other's errors one by one; the rest is matrix products
 
@@ -61,7 +63,7 @@ def gptq_round(
         seen = of_gram(_checked(gram, n_in).to(weight.device), damp, act_order, dtype)
     else:
         seen = of_rows(rows, damp, act_order, dtype)
-    size = max(1, CHUNK // n_in)
+    size = max(FEWEST, CHUNK.get(weight.device.type, 2**26) // n_in)
     for start in range(0, len(weight), size):
         at = slice(start, start + size)
         zero = None if found.zero is None else found.zero[at]

@@ -5,7 +5,6 @@ frequencies, sinusoids) are real from the start. Start at `load_skeleton`.
 """
 
 import contextlib
-import ctypes
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from masquant_cli import recipe as recipes
 from masquant_cli.errors import RecipeError
+from masquant_cli.machine import give_back_memory
 from masquant_cli.models import loading
 from masquant_cli.models.checkpoint import Checkpoint, open_checkpoint
 from masquant_cli.models.experts import unfuse
@@ -118,12 +118,6 @@ class Skeleton:
     def _get(self, name: str) -> nn.Parameter:
         owner, own = self._owner(name)
         return owner[own]
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system; glibc keeps what lies below something that is in use."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def load_skeleton(spec: recipes.Model, device: str = "auto") -> Skeleton:

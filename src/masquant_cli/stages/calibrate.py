@@ -162,12 +162,15 @@ def _advance(
 
     with watch_sites(model, layer.sites if gathered else (), see):
         for index, batch in enumerate(work):
-            (batch.hidden,) = store.get(_hidden(index, layer.layer))
+            (hidden,) = store.get(_hidden(index, layer.layer))
+            batch.hidden = hidden
             batch.arguments.tensors = store.get(_others(index))
             current[:] = [batch]
             run_layer(job.float, layer.layer, batch)
             if not store.on_disk:
                 store.drop(_hidden(index, layer.layer))
+                # In its old place: what lives long must not settle among what is freed at once.
+                batch.hidden = hidden.copy_(batch.hidden)
             store.put(_hidden(index, layer.layer + 1), [batch.hidden])
             batch.hidden, batch.arguments.tensors = None, []
             job.progress.advance(0, tokens=int(batch.real.sum()))

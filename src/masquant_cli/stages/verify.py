@@ -25,9 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from masquant_cli.errors import CheckError, EnvironmentProblem
+from masquant_cli.machine import give_back_memory
 from masquant_cli.models.checkpoint import open_checkpoint, read_headers
 from masquant_cli.models.modality import modality_ids, token_ids_of
-from masquant_cli.models.skeleton import Skeleton, build, give_back_memory
+from masquant_cli.models.skeleton import Skeleton, build
 from masquant_cli.rundir import disk_errors
 from masquant_cli.runtime.pack import SUFFIXES
 from masquant_cli.stages.job import Job
