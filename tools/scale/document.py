@@ -61,10 +61,13 @@ def lowrank(found: dict) -> str:
 
 
 def vlm100m(found: dict) -> str:
-    rows = [
-        [rounding, f"{one['seconds']:.1f}", *(f"{s:.1f}" for s in one["stages"].values())]
-        for rounding, one in found["runs"].items()
-    ]
+    rows = []
+    for rounding, one in found["runs"].items():
+        plan = one["predicted"]
+        expected = [f"{stage['seconds']:.1f}" for stage in plan["stages"].values()]
+        measured = [f"{seconds:.1f}" for seconds in one["stages"].values()]
+        rows.append([rounding, f"{one['seconds']:.1f}", *measured])
+        rows.append([f"{rounding}, as `--dry-run` said", f"{plan['seconds']:.1f}", *expected])
     first = next(iter(found["runs"].values()))
     tokens = ", ".join(f"{n} {m}" for m, n in first["tokens"].items())
     head = ["rounding", "seconds", *first["stages"]]
@@ -88,17 +91,27 @@ def ranks(found: dict) -> str:
 
 
 def vl3b(found: dict) -> str:
+    seconds, plan = dict(found["stage_seconds"]), found["predicted"]["stages"]
+    starting = found["resumed_seconds"] - sum(seconds.values())
+    seconds["calibrate"] += found["interrupted"]["wall_seconds"] - starting
     rows = [
-        [stage, f"{seconds:.0f}", gb(found["stage_peaks"][stage])]
-        for stage, seconds in found["stage_seconds"].items()
+        [
+            stage,
+            f"{taken:.0f}",
+            f"{plan[stage]['seconds']:.0f}",
+            gb(found["stage_peaks"][stage]),
+            gb(plan[stage]["peak_bytes"]),
+        ]
+        for stage, taken in seconds.items()
     ]
+    head = ["stage", "seconds", "predicted", "peak memory", "predicted"]
     tokens = ", ".join(f"{n} {m}" for m, n in found["tokens"].items())
     return (
         "## Qwen2.5-VL-3B's shape, W4A8 with compensation at ratio 0.05, `max_memory: 6GB`\n\n"
         f"{about(found)} {gb(found['checkpoint_bytes'])} on disk in 3 shards; tokens: {tokens}. "
         f"Interrupted after {found['interrupted']['wall_seconds']:.0f} s and resumed, "
-        f"{found['resumed_seconds']:.0f} s; a stage's seconds are those after the resumption.\n\n"
-        f"{table(['stage', 'seconds', 'peak memory'], rows)}\n\n"
+        f"{found['resumed_seconds']:.0f} s; calibrate's seconds are those of both parts, its peak "
+        f"that of the second.\n\n{table(head, rows)}\n\n"
         f"All processes together held {gb(found['tree_peak_bytes'])} at most; "
         f"{gb(found['exported_bytes'])} were exported."
     )

@@ -68,7 +68,8 @@ def _download(spec: recipes.Model) -> Path:
         RevisionNotFoundError,
     )
 
-    ignore = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "original/*"]
+    ignore = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5"]
+    ignore += ["original/*", "consolidated*"]  # the same weights under their makers' names
     try:
         return Path(snapshot_download(spec.path, revision=spec.revision, ignore_patterns=ignore))
     except GatedRepoError as error:
