@@ -42,14 +42,22 @@ def test_ratios_are_of_medians_and_misses_are_named():
 
 
 def test_the_low_rank_part_compares_with_the_optimum():
-    sites = ((48, 80, None, 4.0), (80, 48, None, 4.0), (40, 96, 30, None))
+    sites = (
+        *((48, 80, None, 4.0, 1), (80, 48, None, 4.0, 1), (40, 96, 30, None, 1)),
+        (40, 96, None, 1.0, 2),
+    )
     found = lowrank.lowrank(lambda _: None, sites=sites)["sites"]
-    assert [one["rank"] for one in found.values()] == [2, 2, 2]
+    assert [one["rank"] for one in found.values()] == [2, 2, 2, 2]
     for one in found.values():
         assert 0.99999 < one["error_over_optimum"] < 1.001
     for name in ("48x80", "80x48"):  # the equations themselves reach it
         assert found[name]["literal_error_over_optimum"] == pytest.approx(1, rel=1e-5)
     assert "speedup" not in found["40x96, 30 rows"]
+    # That of a part is extrapolated, and has no error of the whole.
+    whole = found["40x96"]
+    assert whole["literal_part"] == 2 and "literal_error_over_optimum" not in whole
+    ratio = whole["literal_seconds"] / whole["seconds"]
+    assert whole["speedup"] == pytest.approx(ratio, rel=0.01, abs=0.01)
 
 
 def test_a_worse_correction_is_seen():

@@ -51,13 +51,19 @@ def lowrank(found: dict) -> str:
                 shape,
                 str(site["rank"]),
                 f"{site['seconds']:.2f} s",
-                f"{site['literal_seconds']:.1f} s" if against else "T has no inverse",
+                literal(site) if against else "T has no inverse",
                 f"**{site['speedup']:.1f}x**" if against else "",
                 f"{site['error_over_optimum']:.5f}",
             ]
         )
     head = ["out x in", "rank", "masquant", "eq. 23-25 in fp64", "faster", "error / optimum"]
     return f"## The correction of one site\n\n{about(found)}\n\n{table(head, rows)}"
+
+
+def literal(site: dict) -> str:
+    part = site["literal_part"]
+    note = "" if part == 1 else f", {part} cubed times that of sides of a {part}th"
+    return f"{site['literal_seconds']:.1f} s{note}"
 
 
 def vlm100m(found: dict) -> str:
