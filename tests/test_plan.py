@@ -16,8 +16,9 @@ from masquant_cli.cli import app
 from masquant_cli.errors import RecipeError
 from masquant_cli.methods import find
 from masquant_cli.methods.method import Layer
+from masquant_cli.models.hidden import Store
 from masquant_cli.plan import rates, work
-from masquant_cli.plan.coverage import Coverage
+from masquant_cli.plan.coverage import Coverage, cover
 from masquant_cli.plan.machine import elsewhere
 from masquant_cli.plan.rates import Bench
 from masquant_cli.plan.stages import Planner
@@ -194,6 +195,28 @@ def test_tokens_are_those_that_calibrate_sees(planned):
     assert found["coverage"]["known"] == "chosen"
     assert found["coverage"]["tokens"] == done["stages"]["calibrate"]["tokens"]
     assert found["coverage"]["samples"] == done["stages"]["calibrate"]["samples"]
+
+
+def test_hidden_states_on_disk_are_two_generations_and_their_arguments(tmp_path, monkeypatch):
+    """What enters a layer stays on disk until all that enters the next one is there."""
+    few = (f"calibration.sources.{i}.limit=4" for i in range(4))
+    recipe = small("method=rtn", "resources.max_memory=1MB", *few)
+    subject = open_subject(recipe, "cpu")
+    planner = Planner(subject, cover(subject), elsewhere("h200"), 10**9, 10**6, False)
+    needed, held = planner.calibrate().disk, []
+    checkpoint = Store.checkpoint
+
+    def measured(store, *args, **options):
+        held.append(sum(file.stat().st_size for file in store.folder.iterdir()))
+        checkpoint(store, *args, **options)
+
+    monkeypatch.setattr(Store, "checkpoint", measured)
+    pipeline.run(recipe, tmp_path / "run", until="calibrate")
+    written = tensors(tmp_path / "run" / "calibrate")
+    # A batch whose samples are of one length has no mask, which a plan does not look into.
+    assert needed - written == pytest.approx(max(held), rel=0.01)
+    planner.limit = 10**12
+    assert planner.calibrate().disk == written
 
 
 def test_what_is_quantized_and_what_is_not(planned):

@@ -84,11 +84,23 @@ class Planner:
             seconds += kind.count * (step + written * machine.writing)
             disk += kind.count * written
             peak = max(peak, weights + 2 * written + max(run.peak, seen.peak))
-        hidden = 2 * cover.padded * job.float.config.get_text_config().hidden_size * itemsize
-        room = max(0, int(0.9 * self.limit) - self.base - peak)
-        spilled = hidden // 2 if hidden // 2 > room else 0
-        kept = samples * length * 4 * itemsize if spilled else hidden // 2
+        hidden, others = self._entering()
+        room = max(0, int((1 - SPARE) * self.limit) - self.base - peak)
+        spills = hidden + others > room
+        # On disk, what enters a layer stays until all that enters the next one is there.
+        spilled = 2 * hidden + others if spills else 0
+        kept = samples * length * 4 * itemsize if spills else hidden + others
         return self._prediction(seconds, peak, disk, also=kept, spilled=spilled)
+
+    def _entering(self) -> tuple[int, int]:
+        """Bytes of all hidden states that enter a layer, and of what else layers are given: rotary
+        embeddings, and a mask [B, 1, T, T] of booleans for samples that are padded together."""
+        text, itemsize = self.job.float.config.get_text_config(), self.job.float.dtype.itemsize
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        kinds = len(set(getattr(text, "layer_types", None) or ("all alike",)))
+        masks = sum(n * length**2 for n, length in self.coverage.batches if n > 1)
+        others = kinds * (masks + 2 * self.coverage.padded * head * itemsize)
+        return self.coverage.padded * text.hidden_size * itemsize, others
 
     def _outside(self) -> tuple[int, int]:
         """Bytes of towers and embeddings that are in memory together, and that are read: all once,
