@@ -17,14 +17,15 @@ from masquant_cli.errors import RecipeError
 from masquant_cli.methods import find
 from masquant_cli.methods.method import Layer
 from masquant_cli.models.hidden import Store
-from masquant_cli.plan import rates, work
+from masquant_cli.plan import coverage, rates, work
 from masquant_cli.plan.coverage import Coverage, cover
-from masquant_cli.plan.machine import elsewhere
+from masquant_cli.plan.machine import CARDS, Elsewhere, elsewhere
 from masquant_cli.plan.rates import Bench
-from masquant_cli.plan.stages import Planner
+from masquant_cli.plan.stages import KEPT, Planner
 from masquant_cli.plan.subject import open_subject
 from masquant_cli.plan.tape import Call, Shape, Tape, record
 from masquant_cli.recipe import Smoothing
+from masquant_cli.stages.memory import SPARE
 
 META = torch.device("meta")
 
@@ -158,7 +159,9 @@ def planned(tmp_path_factory):
     """A plan of a small job with every feature, and what its run then did."""
     recipe = small("smoothing.epochs=0")
     run_dir = tmp_path_factory.mktemp("plan") / "run"
-    found = plan.predict(recipe, run_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coverage, "PATIENCE", float("inf"))  # of a busy machine too
+        found = plan.predict(recipe, run_dir)
     assert not run_dir.exists() and not list(run_dir.parent.iterdir())  # nothing is left behind
     return found, pipeline.run(recipe, run_dir), run_dir, recipe
 
@@ -200,6 +203,7 @@ def test_tokens_are_those_that_calibrate_sees(planned):
 def test_hidden_states_on_disk_are_two_generations_and_their_arguments(tmp_path, monkeypatch):
     """What enters a layer stays on disk until all that enters the next one is there."""
     few = (f"calibration.sources.{i}.limit=4" for i in range(4))
+    monkeypatch.setattr(coverage, "PATIENCE", float("inf"))  # of a busy machine too
     recipe = small("method=rtn", "resources.max_memory=1MB", *few)
     subject = open_subject(recipe, "cpu")
     planner = Planner(subject, cover(subject), elsewhere("h200"), 10**9, 10**6, False)
@@ -335,6 +339,53 @@ def test_more_cards_are_faster_and_unknown_ones_refused(tmp_path):
     assert elsewhere("h200x8").processes == 8
     with pytest.raises(RecipeError, match="no machine is known"):
         plan.predict(small(), tmp_path, on="abacus")
+
+
+def test_a_runs_processes_share_a_machines_memory_and_its_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "Here", lambda *given: Elsewhere(CARDS["h200"], given[-1]))
+    monkeypatch.setattr(plan, "resident", lambda: 10**9)
+    few = (f"calibration.sources.{i}.limit=1" for i in range(4))
+    recipe = small("method=smoothquant", "resources.max_memory=2GB", "device=cpu", *few)
+    threads = torch.get_num_threads()
+    one, two, apart = (
+        plan.predict(recipe, tmp_path, ["smooth", "compensate"], processes=n, machines=machines)
+        for n, machines in ((1, 1), (2, 1), (2, 2))
+    )
+    assert one["problems"] == apart["problems"] == []  # a limit is for one machine
+    assert {p[p.index("GB of memory") :] for p in two["problems"]} == {
+        "GB of memory, 1.0 GB may be used by each of the processes"
+    }
+    assert "2 processes of 1 threads" in two["on"] and torch.get_num_threads() == threads
+    remote = plan.predict(recipe, tmp_path, ["smooth"], on="h200x8")
+    assert "0.2 GB may be used by each" in remote["problems"][0] and remote["processes"] == 8
+
+
+def test_processes_divide_what_they_share():
+    subject = open_subject(small("compensation.rank=0.05"), "cpu")
+    tokens = dict.fromkeys(("text", "vision", "audio"), 4000)
+    covered = Coverage(tokens, "chosen", 60, ((2, 100),) * 60)
+
+    def planner(processes: int) -> Planner:
+        machine = Elsewhere(CARDS["h200"], processes)
+        return Planner(subject, covered, machine, 0, 10**12, False)
+
+    one, four = planner(1), planner(4)
+    assert four.compensate().seconds == pytest.approx(one.compensate().seconds / 4)
+    alone, shared = one.calibrate(), four.calibrate()
+    assert alone.seconds / 4 < shared.seconds < alone.seconds
+    # Hidden states that one process must put on disk, four may hold: a quarter each.
+    held = sum(one._entering())
+    assert alone.ram - shared.ram == pytest.approx(0.75 * held, rel=0.01)
+    one.limit = four.limit = int((alone.ram - KEPT - held // 2) / (1 - SPARE))
+    assert one.calibrate().disk > alone.disk == four.calibrate().disk
+
+
+def test_machine_memory_is_divided_once(monkeypatch):
+    monkeypatch.setattr(plan, "machine_memory", lambda: 800)
+    recipe = small("resources.max_memory=null")
+    assert [plan._limit(recipe, n) for n in (1, 4)] == [800, 200]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # under torchrun, what is left of it is a share
+    assert plan._limit(recipe, 4) == 800
 
 
 def test_a_group_size_that_does_not_divide_is_said_before_anything(tmp_path):

@@ -4,8 +4,10 @@ The real functions run on shapes alone (work.py), what they would do is written 
 timed operation by operation on this machine (rates.py), or priced for another one (machine.py).
 """
 
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,21 @@ from masquant_cli.stages.memory import machine_memory, resident
 
 
 def predict(
-    recipe: Recipe, run_dir: Path, todo: Sequence[str] = STAGES, *, on: str | None = None
+    recipe: Recipe,
+    run_dir: Path,
+    todo: Sequence[str] = STAGES,
+    *,
+    on: str | None = None,
+    processes: int = 1,
+    machines: int = 1,
 ) -> dict[str, Any] | None:
     """What the stages in `todo` would take, json-able; None for a hub model that is not here.
 
     {"stages": {name: {"seconds", "peak_bytes", "peak_gpu_bytes", "disk_bytes"}}, "seconds",
     "size", "matched", "ignored", "coverage", "problems", ...}. `problems` says what does not fit.
-    `on` names another machine, "h200x8": its numbers are not measured. Raises RecipeError where
-    `run` would, for what can be told without weights.
+    `on` names another machine, "h200x8": its numbers are not measured. The run will have so many
+    `processes` on so many `machines` like this one; bytes of memory are those of one process.
+    Raises RecipeError where `run` would, for what can be told without weights.
     """
     remote = _remote(on)
     device = "cpu" if remote else pick_device(recipe.device).type
@@ -42,13 +51,18 @@ def predict(
     covered = cover(subject)
     run_dir, base = Path(run_dir), resident()
     gpu = remote is not None or device == "cuda"
-    machine = remote or Here(torch.device(device), run_dir, subject.job.float.checkpoint)
-    limit = recipe.resources.max_bytes or machine_memory()
-    planner = Planner(subject, covered, machine, base, limit, gpu)
-    stages = {name: planner.stage(name) for name in todo}
+    here = remote.processes if remote else -(-processes // machines)
+    limit = _limit(recipe, here)
+    with nullcontext() if gpu else _threads_of_one(here):
+        place = torch.device(device), run_dir, subject.job.float.checkpoint
+        machine = remote or Here(*place, processes)
+        planner = Planner(subject, covered, machine, base, limit, gpu)
+        stages = {name: planner.stage(name) for name in todo}
+        about = _about(remote, device, processes)
     found = {
-        "on": _about(remote, device),
+        "on": about,
         "measured": remote is None,
+        "processes": remote.processes if remote else processes,
         "model": {"path": recipe.model.path, "known_from": subject.known_from,
                   "dtype": str(subject.job.float.dtype).removeprefix("torch.")},
         "stages": {name: stage.plain() for name, stage in stages.items()},
@@ -74,6 +88,27 @@ def _remote(on: str | None) -> Elsewhere | None:
         ) from None  # fmt: skip
 
 
+def _limit(recipe: Recipe, processes: int) -> int:
+    """Bytes that one of a machine's processes may use, as stages/memory.py shares them out."""
+    if recipe.resources.max_bytes:
+        return recipe.resources.max_bytes // processes
+    shared = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's; it is divided by them already
+    return machine_memory() * shared // max(shared, processes)
+
+
+@contextmanager
+def _threads_of_one(processes: int) -> Iterator[None]:
+    """What is timed has the threads that each of a machine's processes will have."""
+    before, cores = torch.get_num_threads(), os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # those that this process may use
+        cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, min(before, cores // processes)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _in_its_own_dtype(subject: subjects.Subject) -> subjects.Subject:
     """On a GPU `dtype: auto` is the checkpoint's."""
     from dataclasses import replace
@@ -86,10 +121,11 @@ def _in_its_own_dtype(subject: subjects.Subject) -> subjects.Subject:
     return subject
 
 
-def _about(remote: Elsewhere | None, device: str) -> str:
+def _about(remote: Elsewhere | None, device: str, processes: int) -> str:
     if remote is None:
         where = torch.cuda.get_device_name() if device == "cuda" else "this machine's CPU"
-        return f"{where}, {torch.get_num_threads()} threads"
+        several = f"{processes} processes of " if processes > 1 else ""
+        return f"{where}, {several}{torch.get_num_threads()} threads"
     return f"{remote.processes} x {remote.card.name}, from its peak rates, nothing measured"
 
 
@@ -110,9 +146,10 @@ def _problems(planner: Planner, stages: dict, run_dir: Path, remote: Elsewhere |
     if remote is None or planner.job.recipe.resources.max_memory:
         for name, stage in stages.items():
             if stage.ram > planner.limit:
+                each = " by each of the processes" if planner.machine.processes > 1 else ""
                 found.append(
                     f"{name} needs {stage.ram / 1e9:.1f} GB of memory, "
-                    f"{planner.limit / 1e9:.1f} GB may be used"
+                    f"{planner.limit / 1e9:.1f} GB may be used{each}"
                 )
     if remote is None:
         near = next(p for p in (run_dir, *run_dir.resolve().parents) if p.is_dir())

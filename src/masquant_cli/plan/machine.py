@@ -22,18 +22,19 @@ PROBE = 32 << 20  # bytes that are written and read to see how fast that is
 
 @dataclass
 class Here:
-    """This machine. `folder`: where the run will write; nothing is left there."""
+    """This machine. `folder`: where the run will write; nothing is left there. `processes` share
+    the work; each has the threads that torch has now."""
 
     device: torch.device
     folder: Path
     checkpoint: Checkpoint
+    processes: int = 1
     bench: Bench = field(init=False)
     writing: float = field(init=False)  # seconds per byte, of a stage's shard
     loading: float = field(init=False)  # with its hash
     reading: float = field(init=False)  # of a float weight, as fp32
     memory: int = 0
     measured = True
-    processes = 1
 
     def __post_init__(self):
         self.bench = Bench(self.device)

@@ -26,7 +26,8 @@ LAYER_CALL = 2e-4  # seconds of Python per layer and batch
 
 @dataclass(frozen=True)
 class Prediction:
-    """One stage. Bytes of RAM are those of this process at its peak, on a CPU all of it."""
+    """One stage. Bytes of RAM are those of one process at its peak, on a CPU all of it; those of
+    disk are all processes'."""
 
     seconds: float
     ram: int
@@ -44,7 +45,8 @@ class Prediction:
 
 @dataclass
 class Planner:
-    """One recipe on one machine. `base` is what this process holds before any work."""
+    """One recipe on one machine. `base` is what a process holds before any work, `limit` what one
+    may use."""
 
     subject: Subject
     coverage: Coverage
@@ -86,10 +88,11 @@ class Planner:
             peak = max(peak, weights + 2 * written + max(run.peak, seen.peak))
         hidden, others = self._entering()
         room = max(0, int((1 - SPARE) * self.limit) - self.base - peak)
-        spills = hidden + others > room
+        mine = (hidden + others) // machine.processes  # every process has its batches
+        spills = mine > room
         # On disk, what enters a layer stays until all that enters the next one is there.
         spilled = 2 * hidden + others if spills else 0
-        kept = samples * length * 4 * itemsize if spills else hidden + others
+        kept = samples * length * 4 * itemsize if spills else mine
         return self._prediction(seconds, peak, disk, also=kept, spilled=spilled)
 
     def _entering(self) -> tuple[int, int]:
@@ -117,7 +120,8 @@ class Planner:
         held = [name for name in names if not name.startswith(inside)]
         held = [name for name in held if skeleton.model.get_parameter(name) is not words]
         rest = skeleton.nbytes(*held) if held else 0
-        return rest + max(parts, default=0), rest + sum(parts) * len(self.coverage.batches)
+        batches = -(-len(self.coverage.batches) // self.machine.processes)
+        return rest + max(parts, default=0), rest + sum(parts) * batches
 
     def smooth(self) -> Prediction:
         job, machine = self.job, self.machine
