@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -13,11 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from masquant_cli import launchers, pipeline
 from masquant_cli import plan as plan_package
 from masquant_cli import sweep as sweeps
 from masquant_cli.cli import app
 from masquant_cli.errors import ArtifactError, EnvironmentProblem, RecipeError
+from masquant_cli.rundir import Manifest, read_manifest, write_manifest
 
+PLAN = pipeline.plan
 # In place of `masquant`: does what BEHAVE says of its recipe, and leaves its command line.
 STUB = """
 import json, os, pathlib, signal, sys, time
@@ -29,7 +33,9 @@ run_dir.mkdir(parents=True, exist_ok=True)
 print("on stderr", file=sys.stderr, flush=True)
 def finish(stage):
     (run_dir / stage).mkdir(exist_ok=True)
-    (run_dir / stage / "finished").touch()
+    manifest = {"schema": 1, "stage": stage, "fingerprint": "now", "outputs": {}, "seed": 0,
+                "seconds": 1.0, "peak_bytes": 1, "peak_gpu_bytes": 0}
+    (run_dir / stage / "manifest.json").write_text(json.dumps(manifest))
 if behave == "hang":
     try:
         (run_dir / "hangs").touch()
@@ -50,6 +56,13 @@ if "--reuse" not in argv:
     finish("calibrate")
 if behave == "calibrate":
     sys.exit(4)
+if behave.startswith("stay until "):
+    for _ in range(600):
+        if (run_dir.parent / behave.split()[-1] / "argv.json").exists():
+            break
+        time.sleep(0.05)
+    else:
+        sys.exit(1)
 finish("export")
 print(json.dumps({"export_dir": str(run_dir / "export" / "model"), "stages": {}}))
 """
@@ -70,7 +83,9 @@ def place(monkeypatch, tmp_path):
         def step(stage):
             lent = reuse if stage == "calibrate" else ()
             folders = [run_dir / stage, *(Path(r) / stage for r in lent)]
-            found = [f for f in folders if (f / "finished").exists()]
+            read = [read_manifest(f) for f in folders]
+            now = [m is not None and m.fingerprint == "now" for m in read]
+            found = [f for f, good in zip(folders, now, strict=True) if good]
             state = "cached" if found else "todo"
             return SimpleNamespace(stage=stage, state=state, folder=(found or folders)[0])
 
@@ -88,8 +103,15 @@ def place(monkeypatch, tmp_path):
     monkeypatch.setattr(sweeps, "PROGRAM", program)
     cost = {"peak_bytes": 3e9, "disk_bytes": 5e9}
     prediction = {"seconds": 7.5, "stages": {"a": cost, "b": cost}, "problems": []}
-    monkeypatch.setattr(plan_package, "predict", lambda *_: prediction)
+    monkeypatch.setattr(plan_package, "predict", lambda *_, **__: prediction)
+    monkeypatch.setitem(launchers.LAUNCHERS, "elsewhere", Elsewhere)
     return go
+
+
+class Elsewhere(launchers.Local):
+    """A fleet of any size."""
+
+    width = None
 
 
 def argv(name: str) -> list[str]:
@@ -127,6 +149,38 @@ def test_a_calibration_is_made_once_and_read_by_those_that_share_it(place):
     place("ac")
     assert "--reuse" not in argv("a")  # its own
     assert argv("c")[-2:] == ["--reuse", "runs/a"]
+
+
+def test_others_start_as_soon_as_the_calibration_that_they_share_is_made(place):
+    """`a` lasts until `b` has begun; the stale calibration that lay there is not the one."""
+    stale = Manifest("calibrate", "before", {}, 0, 1.0, 1, 0)
+    write_manifest(Path("runs/a/calibrate"), stale)
+    found = place("abc", {"a": "stay until b"}, launcher="elsewhere")
+    assert [run["state"] for run in found["runs"]] == ["done"] * 3
+    assert argv("b")[-2:] == argv("c")[-2:] == ["--reuse", "runs/a"]
+    shutil.rmtree("runs")
+    write_manifest(Path("runs/a/calibrate"), stale)
+    place("ab", {"a": "0.5"}, launcher="elsewhere")
+    assert started("b") > started("a") + 0.5
+    assert argv("b")[-2:] == ["--reuse", "runs/a"]
+
+
+def test_a_head_without_the_gpu_of_its_nodes_knows_what_they_finished(place, monkeypatch):
+    """`device: auto` is asked of this machine's torch, and the runs were made on the other kind."""
+    monkeypatch.setattr(sweeps.pipeline, "plan", PLAN)
+    chosen = sweeps.members(["a.yaml", "b.yaml"], Path("runs"), ["export.verify=false"])
+    (here,) = {pipeline.device_of(member.recipe) for member in chosen}
+    theirs = chosen[0].recipe.model_copy(update={"device": {"cpu": "cuda", "cuda": "cpu"}[here]})
+    for step in PLAN(theirs, chosen[0].run_dir):
+        manifest = Manifest(step.stage, step.fingerprint, {}, 0, 1.0, 1, 0, reads=step.reads)
+        write_manifest(step.folder, manifest)
+    assert [step.state for step in sweeps.steps(chosen)[0]] == ["stale"] * 4
+    far = sweeps.steps(chosen, here=False)
+    assert [step.state for step in far[0]] == ["cached"] * 4
+    assert [step.state for step in far[1]] == ["cached", "todo", "todo", "todo"]
+    found = sweeps.sweep(chosen, launcher="elsewhere", program=sweeps.PROGRAM)
+    assert [run["state"] for run in found["runs"]] == ["cached", "done"]
+    assert argv("b")[-2:] == ["--reuse", "runs/a"]
 
 
 def test_the_command_line_of_a_run(place, tmp_path):
@@ -196,6 +250,26 @@ def test_a_damaged_run_fails_alone(place, monkeypatch):
     assert [run["state"] for run in found["runs"]] == ["failed", "done"]
 
 
+def test_a_dry_run_says_what_the_run_would_refuse(place, capsys):
+    Path("runs/a/calibrate").mkdir(parents=True)
+    Path("runs/a/calibrate/manifest.json").write_text("{")
+    assert app.main(["sweep", "a.yaml", "b.yaml", "--dry-run", "--json"]) == 4
+    out, err = capsys.readouterr()
+    rows = json.loads(out)["plan"]
+    assert [row["state"] for row in rows] == ["damaged", "todo"]  # b could have read a's
+    assert "error: a: " in err and "this manifest is damaged" in err and "error: b" not in err
+
+
+def test_a_dry_run_adds_up_the_disk(place, capsys, monkeypatch):
+    line = ["sweep", "a.yaml", "d.yaml", "--dry-run"]
+    free = SimpleNamespace(free=19e9)  # either run takes 10 GB
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    assert app.main(line) == 3
+    assert "error: the runs together write 20.0 GB, " in capsys.readouterr().err
+    free.free = 21e9
+    assert app.main(line) == 0
+
+
 def test_the_command(place, capsys, monkeypatch):
     monkeypatch.setenv("BEHAVE", json.dumps({"b": "fail"}))
     line = ["sweep", "a.yaml", "b.yaml", "d.yaml", "--set", "weights.bits=8"]
@@ -215,7 +289,7 @@ def test_the_command(place, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert [row.split()[1] for row in out.splitlines()[2:5]] == ["cached", "todo", "cached"]
     assert "one after the other: 7.5 s, 10 GB" in out and "3 GB" in out
-    monkeypatch.setattr(plan_package, "predict", lambda *_: {
+    monkeypatch.setattr(plan_package, "predict", lambda *_, **__: {
         "seconds": 1.0, "stages": {"a": {"peak_bytes": 1, "disk_bytes": 1}}, "problems": ["too big"]
     })  # fmt: skip
     assert app.main([*line, "--dry-run"]) == 3
@@ -230,15 +304,16 @@ def test_a_dry_run_counts_a_shared_calibration_once_and_goes_on_after_a_bad_reci
 ):
     asked = {}
 
-    def predict(recipe, run_dir, todo):
+    def predict(recipe, run_dir, todo, *, processes):
         asked[recipe.name] = todo
+        assert processes == 3
         if recipe.name == "d":
             raise RecipeError("its shard is truncated")
         cost = {"peak_bytes": 1, "disk_bytes": 1}
         return {"seconds": 1.0, "stages": {"x": cost}, "problems": []}
 
     monkeypatch.setattr(plan_package, "predict", predict)
-    line = ["sweep", *(f"{n}.yaml" for n in "adbe"), "--dry-run", "--json"]
+    line = ["sweep", *(f"{n}.yaml" for n in "adbe"), "--dry-run", "--json", "--processes", "3"]
     assert app.main(line) == 2
     out, err = capsys.readouterr()
     rows = {row["recipe"]: row for row in json.loads(out)["plan"]}
@@ -256,6 +331,20 @@ def test_options_that_the_launcher_does_not_take(place, capsys):
     assert "key=value" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("launcher", ["submitit", "ray"])
+@pytest.mark.parametrize("width", [0, -1, "two", 1.5, True])
+def test_at_once_is_a_number_of_runs(place, launcher, width):
+    with pytest.raises(RecipeError, match="is not a number of runs"):
+        place("a", launcher=launcher, options={"at_once": width})
+
+
+@pytest.mark.parametrize("option", ["nodes", "tasks_per_node", "local_nodes", "ntasks_per_node"])
+def test_a_run_is_one_task(place, option):
+    options = {"cluster": "local", option: 2}
+    with pytest.raises(RecipeError, match=f"{option}=2: a run is one task on one node"):
+        place("a", launcher="submitit", options=options)
+
+
 @pytest.mark.parametrize(("launcher", "extra"), [("submitit", "slurm"), ("ray", "ray")])
 def test_a_missing_extra_is_named(place, monkeypatch, launcher, extra):
     monkeypatch.setitem(sys.modules, launcher, None)
@@ -266,7 +355,6 @@ def test_a_missing_extra_is_named(place, monkeypatch, launcher, extra):
 
 
 def test_submitit_here(place):
-    pytest.importorskip("submitit")
     options = {"cluster": "local", "timeout_min": 5}
     found = place("abd", {"a": "1.5", "b": "fail"}, launcher="submitit", options=options)
     rows = {run["recipe"]: run for run in found["runs"]}
@@ -281,7 +369,6 @@ def test_submitit_here(place):
 
 
 def test_submitit_without_slurm(place, monkeypatch):
-    pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(EnvironmentProblem, match="no Slurm here"):
         place("a", launcher="submitit", options={"partition": "gpu"})
@@ -291,6 +378,10 @@ def test_submitit_without_slurm(place, monkeypatch):
 SLURM = {
     "sbatch": """
         #!/bin/bash
+        if grep -q -e --partition=none "${@: -1}"; then
+          echo "sbatch: error: Batch job submission failed: Invalid partition name specified" >&2
+          exit 1
+        fi
         cp "${@: -1}" "$SLURM_ROOT/last.sh"
         id=$(( $(cat "$SLURM_ROOT/id") + 1 )); echo $id > "$SLURM_ROOT/id"
         export SLURM_JOB_ID=$id SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0
@@ -318,7 +409,8 @@ SLURM = {
 
 
 def test_submitit_on_a_stand_in_for_slurm(place, monkeypatch, tmp_path):
-    pytest.importorskip("submitit")
+    from submitit.core.utils import DelayedSubmission
+
     root = tmp_path / "slurm"
     root.mkdir()
     (root / "id").write_text("0\n")
@@ -336,6 +428,13 @@ def test_submitit_on_a_stand_in_for_slurm(place, monkeypatch, tmp_path):
     assert "#SBATCH --gpus-per-node=2\n" in script and "#SBATCH --time=90\n" in script
     with pytest.raises(RecipeError, match="does not take these options"):
         place("b", launcher="submitit", options={"partitoin": "gpu"})
+    found = place("bd", launcher="submitit", options={"partition": "none"})
+    assert [run["state"] for run in found["runs"]] == ["failed", "failed"]
+    assert found["exit_code"] == 3 and "Invalid partition name" in found["runs"][0]["error"]
+    place("d", launcher="submitit")  # a day at a time, as often as it takes
+    assert "#SBATCH --time=1440\n" in (root / "last.sh").read_text()
+    job = DelayedSubmission.load(Path("runs/.sweep/2/2_submitted.pkl"))
+    assert job._timeout_countdown == 1000
 
 
 def test_ray_here(place):

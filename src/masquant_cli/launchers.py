@@ -22,11 +22,13 @@ from typing import Any, Protocol
 from masquant_cli.errors import EnvironmentProblem, RecipeError
 
 GRACE = 30  # seconds that an interrupted run gets to leave in order
+REQUEUES = 1000  # how often a Slurm job may reach its time limit; submitit's default is 3
 # AutoExecutor's own parameters; all others are the cluster's and take its name as a prefix.
 SUBMITIT_OPTIONS = (
     *("name", "nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node"),
     *("mem_gb", "timeout_min", "stderr_to_stdout"),
 )
+SUBMITIT_DEFAULTS = {"name": "masquant", "timeout_min": 24 * 60}  # submitit's own is 5 minutes
 
 
 @dataclass(frozen=True)
@@ -140,26 +142,33 @@ class Submitit:
 
     def __init__(self, options: Mapping[str, Any], folder: Path):
         options = dict(options)
+        self.width = _at_once(options)
         submitit = _extra("submitit", "slurm")
         cluster = options.pop("cluster", "slurm")
-        self.width = options.pop("at_once", None)
         if cluster == "slurm" and not shutil.which("sbatch"):
             raise EnvironmentProblem(
                 "there is no Slurm here: sbatch is not on the PATH", where="--launcher submitit",
                 hint="start the sweep on a login node; --launcher-set cluster=local tries it here",
             )  # fmt: skip
+        _refuse_many_tasks(options, f"{cluster}_")
         named = {
             k if k in SUBMITIT_OPTIONS or k.startswith(f"{cluster}_") else f"{cluster}_{k}": value
             for k, value in options.items()
         }
         try:
-            self.executor = submitit.AutoExecutor(folder / "%j", cluster=cluster)
-            self.executor.update_parameters(**{"name": "masquant", **named})
+            self.executor = submitit.AutoExecutor(
+                folder / "%j", cluster=cluster, slurm_max_num_timeout=REQUEUES
+            )
+            self.executor.update_parameters(**{**SUBMITIT_DEFAULTS, **named})
         except (NameError, AssertionError, TypeError, ValueError, RuntimeError) as error:
             raise _unknown("submitit", str(error)) from error
 
     def start(self, argv: Sequence[str], log: Path) -> Handle:
-        return _SubmititJob(self.executor.submit(Resumable(), list(argv), os.getcwd(), str(log)))
+        try:
+            job = self.executor.submit(Resumable(), list(argv), os.getcwd(), str(log))
+        except (RuntimeError, OSError) as error:  # sbatch refused it, with submitit's own errors
+            return _NotTaken(_last_line(error))
+        return _SubmititJob(job)
 
     def close(self) -> None: ...
 
@@ -181,15 +190,30 @@ class _SubmititJob:
         self.job.cancel(check=False)
 
 
+@dataclass(frozen=True)
+class _NotTaken:
+    """A run that its cluster did not take: it is over as it begins."""
+
+    why: str
+
+    def done(self) -> bool:
+        return True
+
+    def outcome(self) -> Outcome:
+        return Outcome(1, None, 0.0, self.why)
+
+    def cancel(self) -> None: ...
+
+
 class Ray:
     """A Ray task for each run. Options: `address` of the cluster (default: the one Ray finds, or
     one on this machine) and those of ray.remote (num_cpus, num_gpus, memory, ...)."""
 
     def __init__(self, options: Mapping[str, Any], folder: Path):
         options = dict(options)
+        self.width = _at_once(options)
         self.ray = _extra("ray", "ray")
         self.left: list[Any] = []  # cancelled tasks
-        self.width = options.pop("at_once", None)
         try:
             address = options.pop("address", None)
             self.task = self.ray.remote(work).options(**{"num_cpus": 1, **options})
@@ -234,6 +258,28 @@ class _RayTask:
 
 
 LAUNCHERS = {"local": Local, "submitit": Submitit, "ray": Ray}
+
+
+def _at_once(options: dict[str, Any]) -> int | None:
+    """Takes `at_once` out of the options."""
+    width = options.pop("at_once", None)
+    if width is None or (type(width) is int and width > 0):
+        return width
+    raise RecipeError(
+        f"at_once={width} is not a number of runs", where="--launcher-set",
+        hint="how many runs may go on at the same time: 1 or more",
+    )  # fmt: skip
+
+
+def _refuse_many_tasks(options: Mapping[str, Any], prefix: str) -> None:
+    """submitit starts its function once for each task: the second would find the run locked."""
+    for name, value in options.items():
+        key = name.removeprefix(prefix)
+        if key in ("nodes", "tasks_per_node", "ntasks_per_node") and value != 1:
+            raise RecipeError(
+                f"{name}={value}: a run is one task on one node", where="--launcher-set",
+                hint="for several GPUs of a node: gpus_per_node=N, and sweep --processes N",
+            )  # fmt: skip
 
 
 def _extra(package: str, extra: str) -> ModuleType:

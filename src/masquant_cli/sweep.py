@@ -1,7 +1,7 @@
 """Many recipes, one after the other or over a fleet, each in a process of its own.
 
 What is finished is skipped, what fails does not stop the rest, and recipes that calibrate alike
-calibrate once: the first does it, the others wait for it and read what it wrote.
+calibrate once: the first does it, the others wait for that and read what it wrote.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from masquant_cli.errors import (
 from masquant_cli.launchers import LAUNCHERS, Handle, Launcher, Outcome
 from masquant_cli.progress import NullProgress, Progress
 from masquant_cli.recipe import Recipe
-from masquant_cli.rundir import RunDir, calibration_of, disk_errors, fingerprint
+from masquant_cli.rundir import RunDir, calibration_of, disk_errors, fingerprint, read_manifest
 
 PROGRAM = (sys.executable, "-m", "masquant_cli")
 POLL = 0.1  # seconds
@@ -97,15 +97,15 @@ def members(names: Sequence[str], run_root: Path, overrides: Sequence[str] = ())
     return found
 
 
-def steps(chosen: Sequence[Member], reuse: Sequence[Path] = ()) -> list:
-    """Per member the plan of its stages, or what is wrong with its run directory. Raises one
-    RecipeError for all models and data that are not there."""
+def steps(chosen: Sequence[Member], reuse: Sequence[Path] = (), *, here: bool = True) -> list:
+    """Per member the plan of its stages, or what is wrong with its run directory. `here`: the
+    runs take place on this machine. Raises one RecipeError for all models and data that are not
+    there."""
     found: list = []
     problems: list[RecipeError] = []
     for member in chosen:
         try:
-            lent = [*reuse, *_lenders(member, chosen)]
-            found.append(pipeline.plan(member.recipe, member.run_dir, lent, download=False))
+            found.append(max(_plans(member, chosen, reuse, here), key=_finished_stages))
         except RecipeError as error:
             name = member.recipe.name
             problems.append(RecipeError(error.message, where=error.where or name, hint=error.hint))
@@ -115,8 +115,21 @@ def steps(chosen: Sequence[Member], reuse: Sequence[Path] = ()) -> list:
     return found
 
 
+def _plans(member: Member, chosen: Sequence[Member], reuse: Sequence[Path], here: bool) -> list:
+    """The plan of a member's stages. Elsewhere one for each device that `auto` may mean there,
+    since this machine, a login node say, need not have what the others have."""
+    recipe, lent = member.recipe, [*reuse, *_lenders(member, chosen)]
+    devices = [recipe.device] if here or recipe.device != "auto" else ["cuda", "cpu"]
+    recipes = [recipe.model_copy(update={"device": device}) for device in devices]
+    return [pipeline.plan(r, member.run_dir, lent, download=False) for r in recipes]
+
+
+def _finished_stages(planned) -> int:
+    return sum(step.state == "cached" for step in planned)
+
+
 def _is_finished(planned) -> bool:
-    return not isinstance(planned, str) and all(step.state == "cached" for step in planned)
+    return not isinstance(planned, str) and _finished_stages(planned) == len(planned)
 
 
 def sweep(
@@ -138,14 +151,20 @@ def sweep(
     """
     progress = progress or NullProgress()
     rows: dict[str, Row] = {}
-    for member, planned in zip(chosen, steps(chosen, reuse), strict=True):
+    here = launcher == "local"
+    for member, planned in zip(chosen, steps(chosen, reuse, here=here), strict=True):
         if _is_finished(planned):
             rows[member.recipe.name] = Row(member, "cached", document=_exported(member))
     waiting = [m for m in chosen if m.recipe.name not in rows]
     if waiting:
         place = LAUNCHERS[launcher](options or {}, waiting[0].run_dir.parent / ".sweep")
 
-        def start(member: Member, shared: Sequence[Path]) -> Handle:
+        def calibrated(member: Member) -> list[Path] | None:
+            return _calibrated(member, chosen, reuse, here)
+
+        def start(member: Member, shared: Sequence[Path] | None) -> Handle:
+            if shared is None:  # elsewhere the run may see what is not seen from here
+                shared = [*reuse, *([] if here else _lenders(member, chosen))]
             progress.note(f"sweep: {member.recipe.name}, {len(waiting)} more waiting")
             with disk_errors(member.run_dir):
                 member.run_dir.mkdir(parents=True, exist_ok=True)
@@ -157,44 +176,65 @@ def sweep(
             if row.error:
                 progress.warn(f"{member.recipe.name} failed: {row.error}")
 
-        _queue(waiting, chosen, reuse, place, start, ended)
+        _queue(waiting, place, calibrated, start, ended)
     ordered = [rows[m.recipe.name] for m in chosen]
     code = next((row.code for row in ordered if row.code != EXIT_OK), EXIT_OK)
     return {"launcher": launcher, "runs": [row.plain() for row in ordered], "exit_code": code}
 
 
+@dataclass
+class _Running:
+    """A run in progress. Others wait for its calibration if it `makes` one; `before`: when the
+    one that lay there as it began, a stale one, had been finished."""
+
+    member: Member
+    handle: Handle
+    makes: bool
+    before: int | None
+
+    def is_calibrating(self) -> bool:
+        return self.makes and _calibrated_at(self.member) in (None, self.before)
+
+
+def _calibrated_at(member: Member) -> int | None:
+    """When a member's own calibration was finished, None where it is not."""
+    try:
+        return (RunDir(member.run_dir).stage("calibrate") / "manifest.json").stat().st_mtime_ns
+    except OSError:
+        return None
+
+
 def _queue(
     waiting: list[Member],
-    chosen: Sequence[Member],
-    reuse: Sequence[Path],
     place: Launcher,
-    start: Callable[[Member, Sequence[Path]], Handle],
+    calibrated: Callable[[Member], list[Path] | None],
+    start: Callable[[Member, Sequence[Path] | None], Handle],
     ended: Callable[[Member, Outcome], None],
 ) -> None:
     """Start whoever may start, until nobody waits and nobody runs. Empties `waiting`."""
-    running: list[tuple[Member, Handle]] = []
+    running: list[_Running] = []
     with _interruptible() as interruption:
         try:
             while waiting or running:
+                in_the_making = {r.member.calibration for r in running if r.is_calibrating()}
                 for member in list(waiting):
                     if place.width is not None and len(running) >= place.width:
                         break
-                    shared = _calibrated(member, chosen, reuse)
-                    if shared is None and member.calibration in {m.calibration for m, _ in running}:
-                        continue  # it is being made just now
+                    if member.calibration in in_the_making:
+                        continue
+                    shared, before = calibrated(member), _calibrated_at(member)
                     waiting.remove(member)
-                    running.append((member, start(member, reuse if shared is None else shared)))
-                over = []
-                while not over:
-                    time.sleep(POLL)
-                    over = [pair for pair in running if pair[1].done()]
-                for pair in over:
-                    running.remove(pair)
-                    ended(pair[0], pair[1].outcome())
+                    running.append(_Running(member, start(member, shared), shared is None, before))
+                    if shared is None:
+                        in_the_making.add(member.calibration)
+                time.sleep(POLL)
+                for run in [r for r in running if r.handle.done()]:
+                    running.remove(run)
+                    ended(run.member, run.handle.outcome())
         finally:
             interruption.armed = False  # a second Ctrl-C must not leave runs behind
-            for _, handle in running:
-                handle.cancel()
+            for run in running:
+                run.handle.cancel()
             place.close()
 
 
@@ -220,24 +260,28 @@ def command(
 
 
 def _calibrated(
-    member: Member, chosen: Sequence[Member], reuse: Sequence[Path]
+    member: Member, chosen: Sequence[Member], reuse: Sequence[Path], here: bool
 ) -> list[Path] | None:
     """What to `--reuse` of a finished calibration: nothing where it is the run's own. None where
     there is none yet."""
-    lent = [*reuse, *_lenders(member, chosen)]
     try:
-        step = pipeline.plan(member.recipe, member.run_dir, lent, download=False)[0]
+        planned = [plan[0] for plan in _plans(member, chosen, reuse, here)]
     except MasquantError:  # the run itself will say so
         return None
-    if step.state != "cached":
-        return None
-    return [] if step.folder == RunDir(member.run_dir).stage("calibrate") else [step.folder.parent]
+    found = [step.folder for step in planned if step.state == "cached"]
+    own = RunDir(member.run_dir).stage("calibrate")
+    return [folder.parent for folder in found if folder != own] if found else None
 
 
 def _lenders(member: Member, chosen: Sequence[Member]) -> list[Path]:
-    """Where the runs that calibrate alike have, or will have, their calibration."""
+    """Where the runs that calibrate alike have their calibration. A damaged one lends nothing."""
     alike = [m for m in chosen if m is not member and m.calibration == member.calibration]
-    return [calibration_of(RunDir(m.run_dir)).parent for m in alike]
+    found = []
+    for folder in (calibration_of(RunDir(m.run_dir)) for m in alike):
+        with contextlib.suppress(ArtifactError):
+            if folder.parent not in found and read_manifest(folder):
+                found.append(folder.parent)
+    return found
 
 
 def _row(member: Member, outcome: Outcome) -> Row:

@@ -1,6 +1,7 @@
 """`masquant sweep`: many recipes, here or over a fleet."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,7 +44,8 @@ def sweep(
     with render.stdout_reserved():
         chosen = sweeps.members(recipes, run_dir, set_ or ())
     if dry_run:
-        return _dry_run(chosen, reuse or (), json)
+        here = launcher == "local"
+        return _dry_run(chosen, run_dir, reuse or (), here, processes, json)
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     # Plain lines: the bar on this terminal is the run's.
@@ -57,7 +59,7 @@ def sweep(
         raise typer.Exit(document["exit_code"])
 
 
-def _dry_run(chosen, reuse, json: bool) -> None:
+def _dry_run(chosen, run_root: Path, reuse, here: bool, processes: int, json: bool) -> None:
     """Every run's state and, where there is something to do, what it would take."""
     from masquant_cli import sweep as sweeps
     from masquant_cli.cli import render
@@ -65,10 +67,16 @@ def _dry_run(chosen, reuse, json: bool) -> None:
 
     rows, makers = [], {}  # calibration -> the first run that makes it, for all
     with render.stdout_reserved():
-        for member, steps in zip(chosen, sweeps.steps(chosen, reuse), strict=True):
-            rows.append(_planned(member, steps, makers))
+        for member, steps in zip(chosen, sweeps.steps(chosen, reuse, here=here), strict=True):
+            rows.append(_planned(member, steps, makers, processes))
     problems = [f"{row['recipe']}: {text}" for row in rows for text in row["problems"]]
     sums = {key: sum(row[key] or 0 for row in rows) for key in ("seconds", "disk_bytes")}
+    near = next(p for p in (run_root, *run_root.resolve().parents) if p.is_dir())
+    needed, free = sums["disk_bytes"], shutil.disk_usage(near).free
+    if needed > free:
+        problems.append(
+            f"the runs together write {needed / 1e9:.1f} GB, {near} has {free / 1e9:.1f} GB left"
+        )
     render.output({"plan": rows, **sums, "problems": problems}, json, plan_table)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
@@ -76,16 +84,17 @@ def _dry_run(chosen, reuse, json: bool) -> None:
         raise typer.Exit(next((r["exit_code"] for r in rows if r["exit_code"]), EXIT_ENVIRONMENT))
 
 
-def _planned(member, steps, makers: dict[str, str]) -> dict[str, Any]:
+def _planned(member, steps, makers: dict[str, str], processes: int) -> dict[str, Any]:
     """One run's row. Notes in `makers` whose calibration is the one that others will share."""
     from masquant_cli import plan
-    from masquant_cli.errors import EXIT_ENVIRONMENT, MasquantError
+    from masquant_cli.errors import EXIT_ARTIFACT, EXIT_ENVIRONMENT, MasquantError
 
     row = {"recipe": member.recipe.name, "file": member.file, "run_dir": member.run_dir,
            "seconds": None, "peak_bytes": None, "disk_bytes": None, "problems": [],
            "exit_code": 0}  # fmt: skip
     if isinstance(steps, str):
-        return {**row, "state": "damaged", "why": steps}
+        return {**row, "state": "damaged", "why": steps, "problems": [steps],
+                "exit_code": EXIT_ARTIFACT}  # fmt: skip
     todo = [step.stage for step in steps if step.state != "cached"]
     if not todo:
         return {**row, "state": "cached", "why": ""}
@@ -96,7 +105,7 @@ def _planned(member, steps, makers: dict[str, str]) -> dict[str, Any]:
             todo, shared = todo[1:], f", calibrated by {maker}"
     row |= {"state": "todo", "why": f"from {todo[0]} on{shared}"}
     try:
-        found = plan.predict(member.recipe, member.run_dir, todo)
+        found = plan.predict(member.recipe, member.run_dir, todo, processes=processes)
     except MasquantError as error:  # of this run alone: the others are planned all the same
         why = " ".join(str(error).split())
         return {**row, "state": "refused", "why": why, "problems": [why],
