@@ -220,7 +220,19 @@ def test_a_tensor_in_two_files_or_in_none_or_of_another_shape(folder):
     save_file({**kept[0], name: kept[0][name].to(torch.int8)}, first)
     refused(folder, "already quantized")
     save_file({**kept[0], name: kept[0][name].to(torch.float8_e4m3fn)}, first)
-    refused(folder, "F8_E4M3")
+    refused(folder, "F8_E4M3", "already quantized")
+
+
+@pytest.mark.parametrize("ending", ["qweight", "weight_packed"])
+def test_packed_weights_are_no_missing_shard(tmp_path, ending):
+    """AutoGPTQ's folders say nothing of it in config.json."""
+    tiny_models.qwen2().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    linear = "model.layers.0.mlp.down_proj"
+    tensors[f"{linear}.{ending}"] = tensors.pop(f"{linear}.weight").to(torch.int32)
+    save_file(tensors, file)
+    refused(tmp_path, "already quantized", f"{linear}.{ending}")
 
 
 def test_weights_that_are_no_numbers(folder):

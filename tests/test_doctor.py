@@ -1,6 +1,7 @@
 """`masquant doctor --model`: what is found in models that are supported, broken or unknown."""
 
 import json
+import re
 
 import pytest
 import tiny_families
@@ -11,8 +12,10 @@ from tiny_quantized import export, scheme_of
 
 from masquant_cli.cli.app import main
 from masquant_cli.errors import EnvironmentProblem, RecipeError
+from masquant_cli.inspect import inspect
 from masquant_cli.inspect.support import support
 from masquant_cli.models.families import FAMILIES, Family
+from masquant_cli.models.loading import read_config
 
 
 def config_only(folder, config, **more):
@@ -84,6 +87,36 @@ def test_a_quantized_checkpoint_is_no_start(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "already quantized (awq)" in out and out.endswith("\nnot supported\n")
     assert "none here" not in out
+
+
+@pytest.mark.parametrize(
+    ("more", "method"),
+    [
+        ({"quantization_config": "gptq"}, "gptq"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"a_config": {"text_config": {"quantization_config": {"bits": 8}}}}, "?"),
+        ({"quantization_config": {}, "a_config": {"quantization_config": None}}, None),
+    ],
+)
+def test_doctor_run_and_inspect_agree_on_what_is_quantized(tmp_path, more, method):
+    place = config_only(tmp_path, tiny_families.CASES["qwen2"].config(), **more)
+    found = support(place)
+    assert found["quantized_by"] == method and found["supported"] == (method is None)
+    save_file({"lm_head.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    assert inspect(place)["quantized_by"] == method
+    if method is not None:
+        assert found["problems"][0].startswith(f"already quantized ({method})")
+        with pytest.raises(RecipeError, match=rf"already quantized \({re.escape(method)}\)"):
+            read_config(tmp_path)
+
+
+def test_a_config_that_its_class_refuses(tmp_path, capsys):
+    refused = {"model_type": "qwen2", "num_hidden_layers": 3, "layer_types": ["full_attention"]}
+    (tmp_path / "config.json").write_text(json.dumps({**refused, "vision_config": "none"}))
+    assert main(["doctor", "--model", str(tmp_path), "--json"]) == 2
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert "cannot read this config.json: " in problem and "num_hidden_layers" in problem
+    assert "\n" not in problem
 
 
 def test_an_export_of_ours_is_no_start_either(tmp_path):

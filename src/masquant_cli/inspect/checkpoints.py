@@ -18,6 +18,7 @@ from masquant_cli.models.families import (
     kind_of,
 )
 from masquant_cli.models.index import INDEX, weight_map
+from masquant_cli.models.quantized import quantized_by
 from masquant_cli.rundir import Manifest, read_manifest
 from masquant_cli.runtime.scheme import QUANT_METHOD, Scheme
 
@@ -50,8 +51,8 @@ def folder(path: Path, shown: str | None = None) -> dict:
     """A folder that holds config.json: kind "checkpoint" when masquant wrote it, else "model"."""
     config = read_config(path)
     inner = config.get("thinker_config") or config
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    ours = method == QUANT_METHOD
+    method = quantized_by(config)
+    ours = method == QUANT_METHOD and isinstance(config.get("quantization_config"), dict)
     tensors, found = _tensors(path, ours)
     by_name = {tensor.name: tensor for tensor in tensors}
     document = {

@@ -15,6 +15,7 @@ from torch import nn
 from masquant_cli.errors import EnvironmentProblem, MasquantError, RecipeError
 from masquant_cli.inspect.checkpoints import read_config
 from masquant_cli.models.families import FAMILIES, SITES, family_of, kind_of
+from masquant_cli.models.quantized import quantized_by
 from masquant_cli.models.sites import LayerSites, find_sites, is_linear, layers_path
 
 PACK = 128  # inputs are packed in blocks of so many; also the usual group size
@@ -30,19 +31,19 @@ def support(path: str) -> dict:
     """
     folder = _folder(path)
     raw = read_config(folder)
-    method = (raw.get("quantization_config") or {}).get("quant_method", "?")
+    method = quantized_by(raw)
     document: dict[str, Any] = {
         "kind": "support",
         "path": path,
         "supported": False,
         "model_type": raw.get("model_type"),
         "architectures": raw.get("architectures") or [],
-        "quantized_by": method if raw.get("quantization_config") else None,
+        "quantized_by": method,
         "problems": [],
         "warnings": [],
     }
     problems = document["problems"]
-    if document["quantized_by"]:
+    if method is not None:
         problems.append(f"already quantized ({method}): start from the float checkpoint")
     if raw.get("auto_map"):
         document["warnings"].append(
@@ -59,8 +60,13 @@ def support(path: str) -> dict:
     else:
         document |= _sizes(model, document["layers"]["at"])
         document["files"] = None
-        if not document["quantized_by"]:  # else its tensors have other names and dtypes
+        if method is None:  # else its tensors have other names and dtypes
             document["files"] = _files(folder, model, family, problems)
+        document["warnings"] += [
+            f"{name} cannot be calibrated yet: the processors of {family.model_type} take it only "
+            "inside chat templates of their own; leave it out of a recipe"
+            for name in family.unfed
+        ]
         document["warnings"] += _indivisible(document["widths"])
     document["supported"] = not problems
     return document
@@ -105,10 +111,10 @@ def _transformers_config(folder: Path):
 
     try:
         return transformers.AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # each configuration class refuses values in its own way
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise RecipeError(
-            f"Transformers {transformers.__version__} cannot read this config.json: "
-            f"{str(error).splitlines()[0]}",
+            f"Transformers {transformers.__version__} cannot read this config.json: {reason[:300]}",
             hint="a newer transformers may know the model",
         ) from error
 
@@ -241,7 +247,8 @@ def _unknown(folder: Path, raw: dict) -> dict:
     fields = {
         name: value
         for place in (raw, raw.get("vision_config"), raw.get("audio_config"))
-        for name, value in (place or {}).items()
+        if isinstance(place, dict)
+        for name, value in place.items()
         if name.endswith(("_token_id", "_token_index"))
         and name.startswith(("image", "video", "audio"))
     }

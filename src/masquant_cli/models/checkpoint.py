@@ -26,7 +26,10 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+QUANTIZED_DTYPES = ("F8", "F6", "F4")  # how their names begin
+PACKED = (".qweight", ".weight_packed")  # of GPTQ and AWQ, of compressed-tensors and masquant
 AGAIN = "download the model again"
+FROM_FLOAT = "start from the float checkpoint"
 
 
 @dataclass(frozen=True)
@@ -244,10 +247,11 @@ def _header(path: Path) -> list[Stored]:
             start, stop = entry["data_offsets"]
             dtype = DTYPES.get(entry["dtype"])
             if dtype is None:
+                small = entry["dtype"].startswith(QUANTIZED_DTYPES)
+                why = ": this checkpoint is already quantized" if small else ", not as floats"
                 raise RecipeError(
-                    f"{key} is stored as {entry['dtype']}, which is not a float format",
-                    where=str(path), hint="start from the float checkpoint",
-                )  # fmt: skip
+                    f"{key} is stored as {entry['dtype']}{why}", where=str(path), hint=FROM_FLOAT
+                )
             stored = Stored(key, path, dtype, tuple(entry["shape"]), 8 + length + start)
             if start < 0 or stop - start != stored.nbytes:
                 raise ValueError(f"the header contradicts itself about {key}")
@@ -311,6 +315,13 @@ def _refuse_missing(checkpoint: Checkpoint, model: nn.Module, state: Mapping[str
         for name, tensor in state.items()
         if name not in checkpoint.stored and id(tensor) in parameters
     )
+    # Its config.json need not say so: GPTQ's folders may have a file of their own for that.
+    packed = sorted(key for key in checkpoint.tensors if key.endswith(PACKED))
+    if missing and packed:
+        raise RecipeError(
+            f"this checkpoint is already quantized: it holds {packed[0]}",
+            where=str(checkpoint.tensors[packed[0]].file), hint=FROM_FLOAT,
+        )  # fmt: skip
     if missing:
         raise RecipeError(
             f"the checkpoint lacks {len(missing)} tensors, first {missing[0]}",
@@ -330,6 +341,5 @@ def _refuse_misfits(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> None
         if wanted.is_floating_point() and not stored.dtype.is_floating_point:
             raise RecipeError(
                 f"{stored.key} is stored as {str(stored.dtype).removeprefix('torch.')}: this "
-                "checkpoint is already quantized", where=str(stored.file),
-                hint="start from the float checkpoint",
+                "checkpoint is already quantized", where=str(stored.file), hint=FROM_FLOAT,
             )  # fmt: skip

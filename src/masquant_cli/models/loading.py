@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from masquant_cli import recipe as recipes
 from masquant_cli.errors import EnvironmentProblem, MasquantError, RecipeError
 from masquant_cli.models.families import family_of
+from masquant_cli.models.quantized import quantized_by
 from masquant_cli.models.resolve import resolve
 
 
@@ -48,15 +49,6 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
             hint="is it complete? a newer transformers may know the model",
         ) from error  # fmt: skip
     return config
-
-
-def quantized_by(raw: dict) -> str | None:
-    """How the checkpoint is quantized already, by its config or one of its parts; None if not."""
-    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
-        for key in ("quantization_config", "compression_config"):
-            if found := part.get(key):
-                return str(found.get("quant_method", "?") if isinstance(found, dict) else found)
-    return None
 
 
 def pick_device(wanted: str) -> torch.device:
