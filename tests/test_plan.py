@@ -5,14 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import rank_jobs
 import torch
 from jobs import small
+from rank_world import launch
 from safetensors import safe_open
 
 from masquant_cli import pipeline, plan
 from masquant_cli.algo.low_rank import best_low_rank, rank_for
 from masquant_cli.algo.site import SiteProblem
 from masquant_cli.cli import app
+from masquant_cli.data.chat import kinds_of
 from masquant_cli.errors import RecipeError
 from masquant_cli.methods import find
 from masquant_cli.methods.method import Layer
@@ -223,6 +226,32 @@ def test_hidden_states_on_disk_are_two_generations_and_their_arguments(tmp_path,
     assert planner.calibrate().disk == written
 
 
+def test_a_modality_that_no_hub_source_feeds_is_an_error_as_in_run(monkeypatch):
+    monkeypatch.setattr(coverage, "_is_local", lambda source: False)
+    subject = open_subject(small(), "cpu")
+    found = cover(subject)
+    assert found.known == "unknown" and min(found.tokens.values()) > 0
+    recipe, calibration = subject.job.recipe, subject.job.recipe.calibration
+    silent = tuple(s for s in calibration.sources if "audio" not in kinds_of(s.messages))
+    calibration = calibration.model_copy(update={"sources": silent})
+    subject.job.recipe = recipe.model_copy(update={"calibration": calibration})
+    with pytest.raises(RecipeError, match="no calibration sample has audio tokens"):
+        cover(subject)
+
+
+def test_of_several_ranks_the_first_plans_for_all(tmp_path):
+    sets = [x for o in (*small_sets(), "resources.max_memory=20MB") for x in ("--set", o)]
+    sets += [x for i in range(4) for x in ("--set", f"calibration.sources.{i}.limit=1")]
+    line = ("smooth", "-c", "tiny-omni-w4a8", "--dry-run", "--json", *sets)
+    ranks = launch(tmp_path, rank_jobs.command, *line, "--run-dir", str(tmp_path / "run"))
+    assert ranks.wait(300) == [3, 3], ranks.said(0)
+    found = json.loads(ranks.printed(0))["prediction"]
+    assert found["processes"] == 2 and "2 processes of " in found["on"]
+    assert len(found["problems"]) == 2 and "by each of the processes" in found["problems"][0]
+    assert "error: calibrate needs" in ranks.said(0)
+    assert ranks.printed(1) == ranks.said(1) == "" and not (tmp_path / "run").exists()
+
+
 def test_what_is_quantized_and_what_is_not(planned):
     found = planned[0]
     assert found["matched"]["mlp_in"] == {
@@ -337,8 +366,9 @@ def test_more_cards_are_faster_and_unknown_ones_refused(tmp_path):
     card = elsewhere("h200")
     assert card.seconds(taped) == pytest.approx(3 * 2 * 4096**3 / (989e12 * card.card.share))
     assert elsewhere("h200x8").processes == 8
-    with pytest.raises(RecipeError, match="no machine is known"):
-        plan.predict(small(), tmp_path, on="abacus")
+    for name in ("abacus", "h200x0", "h200x-1", "h200xx", "h200x"):
+        with pytest.raises(RecipeError, match=f"no machine is known by the name '{name}'"):
+            plan.predict(small(), tmp_path, on=name)
 
 
 def test_a_runs_processes_share_a_machines_memory_and_its_work(tmp_path, monkeypatch):

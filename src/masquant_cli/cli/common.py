@@ -58,17 +58,37 @@ def show_plan(
     recipe, run_dir: Path, reuse, until: str, json: bool, tasks=None, on: str | None = None
 ) -> None:
     """The state of every stage and, for those of `run`, what they would take: on stdout. Exits
-    with 3 when they would not fit."""
-    from masquant_cli import pipeline, plan
-    from masquant_cli.cli import render, render_plan
+    with 3 when they would not fit. Of several ranks the first plans; the others wait."""
     from masquant_cli.errors import EXIT_ENVIRONMENT
 
+    world = distributed.world()
+
+    def said() -> bool:
+        with world.busy():
+            return _plan(recipe, run_dir, reuse, until, json, tasks, on)
+
+    if not world.from_main(said):
+        raise typer.Exit(EXIT_ENVIRONMENT)
+
+
+def _plan(recipe, run_dir: Path, reuse, until: str, json: bool, tasks, on: str | None) -> bool:
+    """Print the plan; whether it fits."""
+    from masquant_cli import pipeline, plan
+    from masquant_cli.cli import render, render_plan
+
+    world = distributed.world()
+    world.use(recipe.device)
     with render.stdout_reserved():
         steps = pipeline.plan(recipe, run_dir, reuse, download=False)
         names = [step.stage for step in steps]
         steps = steps[: names.index(until) + 1] if until in names else steps
         todo = [step.stage for step in steps if on or step.state != "cached"]
-        found = plan.predict(recipe, run_dir, todo, on=on) if todo and tasks is None else None
+        found = None
+        if todo and tasks is None:
+            found = plan.predict(
+                recipe, run_dir, todo, on=on,
+                processes=world.size, machines=max(1, world.size // world.local_size),
+            )  # fmt: skip
     states = [{"stage": s.stage, "state": s.state, "why": s.why} for s in steps]
     document = {"recipe": recipe.name, "run_dir": run_dir, "plan": states, "prediction": found}
     document |= {"tasks": tasks} if tasks is not None else {}
@@ -80,8 +100,7 @@ def show_plan(
     problems = found["problems"] if found else []
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    if problems:
-        raise typer.Exit(EXIT_ENVIRONMENT)
+    return not problems
 
 
 def do(work: Callable[[Any], dict[str, Any]], shape: str, json: bool, quiet: bool) -> dict:

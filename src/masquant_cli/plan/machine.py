@@ -155,9 +155,13 @@ class Elsewhere:
 
 
 def elsewhere(text: str) -> Elsewhere:
-    """`h200`, `h200x8`. Raises KeyError for a card that is not in the table."""
-    name, _, count = text.lower().partition("x")
-    return Elsewhere(CARDS[name], int(count or 1))
+    """`h200`, `h200x8`. Raises KeyError for a card that is not in the table, ValueError for what
+    is no number of them."""
+    name, times, count = text.lower().partition("x")
+    card, number = CARDS[name], int(count) if times else 1
+    if number < 1:
+        raise ValueError(f"{number} cards")
+    return Elsewhere(card, number)
 
 
 __all__ = ["CARDS", "OVERHEAD", "Elsewhere", "Here", "elsewhere"]
