@@ -1,37 +1,42 @@
 """Every family on a tiny model of its real class: found, walked, quantized, reloaded."""
 
+import copy
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_families
+import tiny_moe
 import torch
 import transformers
 from masquant_kernels import dispatch
 from safetensors.torch import load_file
-from tiny_families import AUDIO, CASES, IMAGE, VIDEO
-from tiny_quantized import by_definition, quantized, scheme_of, solved_site
+from tiny_families import AUDIO, CASES, IMAGE, VIDEO, job_of
+from tiny_quantized import by_definition, quantized, scheme_of
 from torch import nn
 
 from masquant_cli import load_quantized
 from masquant_cli.data.inputs import encode
 from masquant_cli.data.samples import Sample
 from masquant_cli.errors import RecipeError
+from masquant_cli.inspect.support import support
 from masquant_cli.models import loading
 from masquant_cli.models.capture import embed, run_layer
+from masquant_cli.models.experts import unfuse
 from masquant_cli.models.families import DECODERS, FAMILIES, Family, model_class
 from masquant_cli.models.modality import modality_ids, token_ids_of
 from masquant_cli.models.names import disk_names
 from masquant_cli.models.sites import find_sites, layers_path
 from masquant_cli.models.skeleton import load_skeleton
-from masquant_cli.progress import NullProgress
-from masquant_cli.recipe import Model, Recipe
+from masquant_cli.recipe import Model
 from masquant_cli.runtime import modality_ids as forced_ids
+from masquant_cli.stages import fresh, walk
 from masquant_cli.stages.export import export as stages_export
-from masquant_cli.stages.job import Job
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 every = pytest.mark.parametrize("name", CASES)
+with_experts = pytest.mark.parametrize("name", [*CASES, *tiny_moe.MODELS])
 TIED = ("internvl", "gemma3", "mistral3", "llama", "gemma2", "gemma3_text", "smollm3")
 HYBRID = "minicpmv4_6"  # its first layer attends linearly
 
@@ -44,10 +49,19 @@ def folders(tmp_path_factory):
     def folder(name):
         if name not in written:
             written[name] = tmp_path_factory.mktemp(name)
-            tiny_families.model(name).save_pretrained(written[name])
+            made = tiny_moe.MODELS.get(name, lambda: tiny_families.model(name))
+            made().save_pretrained(written[name])
         return written[name]
 
     return folder
+
+
+def tiny(name: str):
+    """A float model whose experts, if it has any, have names, and inputs for it."""
+    if name in CASES:
+        return tiny_families.model(name), tiny_families.inputs(name)
+    model = unfuse(copy.deepcopy(tiny_moe.MODELS[name]()))
+    return model, tiny_moe.inputs(model)
 
 
 def relative(got, want) -> float:
@@ -61,9 +75,9 @@ def real_logits(model, inputs) -> torch.Tensor:
 
 
 def test_every_family_has_a_tiny_model():
-    # A full Omni checkpoint is loaded as its thinker; experts have tests of their own.
-    others = {name for name in FAMILIES if "moe" in name} | {"qwen2_5_omni", "mixtral"}
-    assert set(CASES) == set(FAMILIES) - others
+    # A full Omni checkpoint is loaded as its thinker.
+    full = {name for name, family in FAMILIES.items() if family.subconfig}
+    assert set(CASES) | set(tiny_moe.MODELS) == set(FAMILIES) - full
 
 
 @every
@@ -159,12 +173,12 @@ def test_a_skeleton_is_the_model(name, folders, monkeypatch):
     assert all(p.is_meta for p in skeleton.model.parameters())
 
 
-@every
+@with_experts
 @torch.no_grad()
 def test_layer_by_layer_equals_the_full_forward(name, folders, monkeypatch):
     monkeypatch.setattr(loading, "load_processor", lambda folder: None)
     skeleton = load_skeleton(Model(path=str(folders(name)), dtype="float32"), "cpu")
-    model, inputs = tiny_families.model(name), tiny_families.inputs(name)
+    model, inputs = tiny(name)
     seen = []
     hook = model.get_decoder().norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(**inputs)
@@ -178,40 +192,63 @@ def test_layer_by_layer_equals_the_full_forward(name, folders, monkeypatch):
     assert torch.equal(batch.hidden, seen[0])
 
 
-class Solved(Job):
-    """A job whose stages before the export are made up, as tiny_quantized makes them up."""
-
-    def read(self, stage: str, layer: int, prefix="", suffix="") -> dict[str, torch.Tensor]:
-        found = {}
-        for site in self.layers[layer].sites:
-            scale, low_rank = solved_site(site, self.scheme, seed=layer)
-            if stage == "smooth":
-                found[f"{site.key}.scale"] = scale
-            else:
-                for modality, (a, b) in low_rank.items():
-                    found[f"{site.key}.{modality}.lr_a"] = a
-                    found[f"{site.key}.{modality}.lr_b"] = b
-        return found
+def words_alone(name: str, inputs: dict) -> dict:
+    """The same rows with a word wherever a placeholder stood, and no media."""
+    known = {i for ids in token_ids_of(tiny(name)[0].config).values() for i in ids}
+    ids = inputs["input_ids"]
+    ids = torch.where(torch.isin(ids, torch.tensor(sorted(known), dtype=ids.dtype)), 7, ids)
+    return {"input_ids": ids, "attention_mask": inputs["attention_mask"]}
 
 
-def job_of(name: str, folder) -> Solved:
-    known = FAMILIES[name].modalities
-    modalities = ["text", *(m for m in ("vision", "audio") if m in known)]
-    source = {"dataset": "builtin:tiny-omni/calibration-text", "messages": [
-        {"role": "user", "content": [{"text": "{question}"}]},
-    ]}  # fmt: skip
-    recipe = {
-        "name": "made-up",
-        "model": {"path": str(folder), "dtype": "float32"},
-        "modalities": modalities,
-        "calibration": {"sources": [source]},
-        "device": "cpu",
-        "export": {"verify": False},
-    }
-    calibrated = types.SimpleNamespace(summary={"tokens": dict.fromkeys(modalities, 7)})
-    return Solved(
-        Recipe.model_validate(recipe), NullProgress(), {"calibrate": (folder, calibrated)}
-    )
+@with_experts
+@torch.no_grad()
+def test_walking_it_part_by_part_gives_its_logits(name, folders, monkeypatch):
+    """As verification does it: words by the row, a tower's block or a layer at a time, the head."""
+    monkeypatch.setattr(loading, "load_processor", lambda folder: None)
+    monkeypatch.setattr(walk, "HEAD", 700)  # the head in several slices
+    skeleton = load_skeleton(Model(path=str(folders(name)), dtype="float32"), "cpu")
+    model, inputs = tiny(name)
+    probes = {"all": inputs, "words": words_alone(name, inputs)}
+    real = inputs["attention_mask"].flatten().nonzero()[1::2, 0]
+
+    def run(index, work):
+        with skeleton.materialised(f"{layers_path(skeleton.model)}.{index}"):
+            for batch in work:
+                run_layer(skeleton, index, batch)
+
+    ids = torch.zeros_like(inputs["input_ids"])
+    everywhere = dict.fromkeys(probes, ids), dict.fromkeys(probes, real)
+    got = walk.walk(skeleton, probes, *everywhere, run)
+    for kind, probe in probes.items():
+        assert relative(got[kind], model(**probe).logits.flatten(0, 1)[real]) < 1e-6, kind
+    assert all(p.is_meta for p in skeleton.model.parameters())
+
+
+@with_experts
+@torch.no_grad()
+def test_of_a_tower_one_block_is_in_memory(name, folders, monkeypatch):
+    monkeypatch.setattr(loading, "load_processor", lambda folder: None)
+    skeleton = load_skeleton(Model(path=str(folders(name)), dtype="float32"), "cpu")
+    inputs, blocks = tiny(name)[1], walk.tower_blocks(skeleton)
+    assert bool(blocks) == (len(inputs) > 2)  # there are media
+    held = []
+
+    def note(*_):
+        held.extend(
+            path
+            for path in blocks
+            if any(not p.is_meta for p in skeleton.module(path).parameters())
+        )
+
+    for path in blocks:
+        skeleton.module(path).register_forward_pre_hook(note)
+    skeleton.model.get_decoder().norm.register_forward_pre_hook(note)
+    with walk.before_layers(skeleton):
+        note()
+        hidden = embed(skeleton, inputs, torch.zeros_like(inputs["input_ids"])).hidden
+    layers = skeleton.module(layers_path(skeleton.model))
+    assert len(walk._head(skeleton, layers, hidden[0])) == hidden.shape[1]
+    assert not held
 
 
 @every
@@ -238,8 +275,13 @@ def test_quantized_it_computes_the_definition_and_reloads_the_same(
         assert min(scheme.ranks.values()) > 0
         with forced_ids(ours, torch.zeros_like(ids)):
             assert relative(real_logits(ours, inputs), want) > 2e-2
-    loaded = load_quantized(stages_export(job, tmp_path, "")["export_dir"])
+    exported = Path(stages_export(job, tmp_path, "")["export_dir"])
+    loaded = load_quantized(exported)
     assert torch.equal(real_logits(loaded, inputs), got)
+    real = {"x": inputs["attention_mask"].flatten().nonzero()[:, 0]}
+    with torch.no_grad(), dispatch.force("reference"):
+        walked = fresh._walked(exported, "cpu", {"x": inputs}, {"x": ids}, real)["x"]
+        assert relative(walked, real_logits(loaded, inputs)) < 1e-5
     made = loaded.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert made.shape[1] == inputs["input_ids"].shape[1] + 3
     assert torch.equal(made[:, -3], got_next(ours, inputs))
@@ -255,6 +297,15 @@ def test_a_row_of_a_newer_transformers_is_a_clear_error():
     with pytest.raises(RecipeError, match=r"needs a newer transformers.*Qwen9ForCausalLM"):
         model_class(row)
     assert model_class(FAMILIES["qwen2"]) is transformers.Qwen2ForCausalLM
+
+
+def test_doctor_says_what_a_processor_does_not_take(tmp_path):
+    for name in ("voxtral", "qwen2_audio"):
+        tiny_families.CASES[name].config().save_pretrained(tmp_path / name)
+        found = support(str(tmp_path / name))
+        said = [line for line in found["warnings"] if "cannot be calibrated yet" in line]
+        assert found["supported"] and len(said) == (name == "voxtral")
+        assert all(line.startswith("audio ") for line in said)
 
 
 def test_a_processor_without_audio_is_named():

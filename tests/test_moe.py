@@ -1,13 +1,14 @@
 """Mixture-of-experts models: experts by name, their sites, their tensors on disk, the runtime."""
 
 import copy
-import json
+from pathlib import Path
 
 import pytest
 import tiny_moe
 import torch
 from masquant_kernels import dispatch, quantize_weight
 from safetensors.torch import load_file, save_file
+from tiny_families import job_of
 from tiny_quantized import scheme_of, site_tensors, solved_site
 
 from masquant_cli import load_quantized
@@ -22,6 +23,8 @@ from masquant_cli.models.names import disk_names, new_disk_names
 from masquant_cli.models.sites import find_sites
 from masquant_cli.runtime.install import install
 from masquant_cli.runtime.mas_linear import MasLinear
+from masquant_cli.stages import fresh
+from masquant_cli.stages.export import export
 
 FAMILIES = list(tiny_moe.MODELS)
 TINY = tiny_moe.EXPERTS * 2  # linears that one mlp_in site holds
@@ -242,49 +245,34 @@ def test_a_token_runs_its_own_experts_alone(monkeypatch):
     assert not shared.linears or shared.fused is None  # nothing joins all experts' weights
 
 
-def quantized_folder(name, folder, to):
-    """An export as the stage writes it, from the float folder, with made-up scales."""
-    model, checkpoint = build(folder)
-    real = unfused(name)
-    scheme = scheme_of(model, rank=3)
-    tensors = site_tensors(real, scheme)
-    names = disk_names(model, checkpoint.tensors)
-    new = new_disk_names(tensors, names)
-    replaced = {
-        f"{n}.weight" for layer in find_sites(model) for s in layer.sites for n in s.linears
-    }
-    gone = {checkpoint.stored[key].key for key in replaced}
-    disk = {k: t for k, t in load_file(folder / "model.safetensors").items() if k not in gone}
-    to.mkdir()
-    for file in folder.glob("*.json"):
-        (to / file.name).write_bytes(file.read_bytes())
-    save_file(disk | {new[k]: t for k, t in tensors.items()}, to / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
-    config = json.loads((to / "config.json").read_text())
-    config["quantization_config"] = scheme.to_dict()
-    (to / "config.json").write_text(json.dumps(config))
-    in_memory = copy.deepcopy(tiny_moe.MODELS[name]())
-    install(in_memory, scheme, tensors)
-    return in_memory
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_an_exported_folder_reloads_and_generates(name, saved, tmp_path):
-    model = quantized_folder(name, saved(name), tmp_path / "quantized")
-    loaded = load_quantized(tmp_path / "quantized")
+def test_the_stages_export_reloads_walks_and_generates(name, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "load_processor", lambda folder: None)
+    job = job_of(name, saved(name))
+    model = copy.deepcopy(tiny_moe.MODELS[name]())
+    install(model, job.scheme, site_tensors(unfused(name), job.scheme))
+    exported = Path(export(job, tmp_path, "")["export_dir"])
+    loaded = load_quantized(exported)
     given = tiny_moe.inputs(loaded)
+    ids = modality_ids(given["input_ids"], job.scheme.token_ids, job.scheme.modalities)
+    real = given["attention_mask"].flatten().nonzero()[:, 0]
     with dispatch.force("reference"):
-        assert torch.equal(loaded(**given).logits, model(**given).logits)
+        want = loaded(**given).logits
+        assert torch.equal(want, model(**given).logits)
+        walked = fresh._walked(exported, "cpu", {"x": given}, {"x": ids}, {"x": real})["x"]
+        assert torch.allclose(
+            walked, want.flatten(0, 1)[real], rtol=0, atol=1e-5 * want.abs().max()
+        )
         written = loaded.generate(**given, max_new_tokens=3, do_sample=False)
     assert written.shape[1] > given["input_ids"].shape[1]
     # A file that lacks one expert's scales is refused, not filled with noise.
-    disk = load_file(tmp_path / "quantized" / "model.safetensors")
+    disk = load_file(exported / "model.safetensors")
     lost = next(k for k in disk if k.endswith("experts.6.mlp_out.smooth_inv"))
     del disk[lost]
-    save_file(disk, tmp_path / "quantized" / "model.safetensors", metadata={"format": "pt"})
+    save_file(disk, exported / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match="missing"):
-        load_quantized(tmp_path / "quantized")
+        load_quantized(exported)
 
 
 def test_pieces_cover_the_stacked_tensors():

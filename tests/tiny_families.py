@@ -5,13 +5,18 @@ is model type -> Case; inputs need no processor: one medium of each kind per row
 """
 
 import functools
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import transformers
+from tiny_quantized import solved_site
 
 from masquant_cli.models.families import FAMILIES
+from masquant_cli.progress import NullProgress
+from masquant_cli.recipe import Recipe
+from masquant_cli.stages.job import Job
 
 IMAGE, AUDIO, VIDEO, PAD, START, END = 120, 121, 122, 0, 123, 124
 HIDDEN, INTERMEDIATE, VOCABULARY = 64, 96, 128
@@ -404,3 +409,39 @@ TYPED = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"), "mm_token_type_ids"),
     "gemma3": "token_type_ids",
 }
+
+
+class Solved(Job):
+    """A job whose stages before the export are made up, as tiny_quantized makes them up."""
+
+    def read(self, stage: str, layer: int, prefix="", suffix="") -> dict[str, torch.Tensor]:
+        found = {}
+        for site in self.layers[layer].sites:
+            scale, low_rank = solved_site(site, self.scheme, seed=layer)
+            if stage == "smooth":
+                found[f"{site.key}.scale"] = scale
+            else:
+                for modality, (a, b) in low_rank.items():
+                    found[f"{site.key}.{modality}.lr_a"] = a
+                    found[f"{site.key}.{modality}.lr_b"] = b
+        return found
+
+
+def job_of(name: str, folder) -> Solved:
+    known = FAMILIES[name].modalities
+    modalities = ["text", *(m for m in ("vision", "audio") if m in known)]
+    source = {"dataset": "builtin:tiny-omni/calibration-text", "messages": [
+        {"role": "user", "content": [{"text": "{question}"}]},
+    ]}  # fmt: skip
+    recipe = {
+        "name": "made-up",
+        "model": {"path": str(folder), "dtype": "float32"},
+        "modalities": modalities,
+        "calibration": {"sources": [source]},
+        "device": "cpu",
+        "export": {"verify": False},
+    }
+    calibrated = types.SimpleNamespace(summary={"tokens": dict.fromkeys(modalities, 7)})
+    return Solved(
+        Recipe.model_validate(recipe), NullProgress(), {"calibrate": (folder, calibrated)}
+    )

@@ -59,6 +59,7 @@ class Family:
     subconfig: str = ""  # config attribute that `model_class` is built from, "" for the whole
     between: str | None = None  # "deepstack": visual features are added after the first layers
     floats: tuple[str, ...] = ()  # blocks of other layers in the place of self_attn, kept float
+    unfed: tuple[str, ...] = ()  # modalities that the processor does not take beside a text
 
 
 _IMAGE, _VIDEO, _AUDIO = ("vision",), ("vision", "video"), ("audio",)
@@ -95,7 +96,7 @@ FAMILIES: Mapping[str, Family] = {
             between="deepstack",
         ),
         Family("qwen2_audio", "Qwen2AudioForConditionalGeneration", _AUDIO),
-        Family("voxtral", "VoxtralForConditionalGeneration", _AUDIO),
+        Family("voxtral", "VoxtralForConditionalGeneration", _AUDIO, unfed=_AUDIO),
         Family("phi4_multimodal", "Phi4MultimodalForCausalLM", ("vision", "audio")),
         Family("llava", "LlavaForConditionalGeneration", _IMAGE),
         Family("llava_next", "LlavaNextForConditionalGeneration", _IMAGE),

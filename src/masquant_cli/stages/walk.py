@@ -77,12 +77,13 @@ def before_layers(skeleton: Skeleton, *, at_once: bool = False) -> Iterator[None
 
 
 def tower_blocks(skeleton: Skeleton) -> list[str]:
-    """Members of the module lists that do not lie in the decoder, outermost lists only."""
-    decoder = layers_path(skeleton.model, skeleton.family).rpartition(".")[0] + "."
+    """Members of the module lists that are not decoder layers, outermost lists only."""
+    # Phi-4's towers lie in its decoder, beside the layers.
+    layers = layers_path(skeleton.model, skeleton.family)
     found: list[str] = []
     for path, module in skeleton.model.named_modules():
-        nested = path.startswith((decoder, *(f"{outer}." for outer in found)))
-        if isinstance(module, nn.ModuleList) and not nested:
+        nested = path.startswith((f"{layers}.", *(f"{outer}." for outer in found)))
+        if isinstance(module, nn.ModuleList) and path != layers and not nested:
             found += [f"{path}.{index}" for index in range(len(module))]
     return found
 
@@ -120,10 +121,12 @@ def _head(skeleton: Skeleton, layers: nn.ModuleList, hidden: Tensor) -> Tensor:
     by_rows = type(head) is nn.Linear
     spare = {id(p) for p in words.parameters()} - {id(p) for p in head.parameters()}
     spare |= {id(head.weight)} if by_rows else set()
+    towers = tuple(f"{path}." for path in tower_blocks(skeleton))
     wanted = [
         name
         for name in {*skeleton.names_outside_layers(), *skeleton.names(_path(skeleton, head))}
         if name.startswith((decoder, _path(skeleton, head)))
+        and not name.startswith(towers)
         and id(skeleton.model.get_parameter(name)) not in spare
     ]
     given = hidden[None]
