@@ -16,6 +16,7 @@ from test_families_run import TEXT, recipe, shard, with_media
 
 from masquant_cli import load_quantized, pipeline, shards
 from masquant_cli.algo.site import heldout_error
+from masquant_cli.cli.render import stages
 from masquant_cli.data.inputs import model_inputs
 from masquant_cli.errors import RecipeError
 from masquant_cli.models.experts import Experts, unfuse
@@ -25,7 +26,7 @@ from masquant_cli.models.sites import Site, layers_path
 from masquant_cli.progress import NullProgress
 from masquant_cli.recipe import Calibration
 from masquant_cli.stages import calibrate as calibrating
-from masquant_cli.stages.coverage import keeps_gram, rows_kept, stand_ins
+from masquant_cli.stages.coverage import keeps_gram, rows_kept, scarcity, stand_ins
 from masquant_cli.stages.job import Job
 from masquant_cli.stages.samples import choose_samples, encode_group, groups
 from masquant_cli.stages.smooth import site_problem
@@ -141,9 +142,37 @@ def test_tokens_are_told_apart_by_expert_and_modality(full_omni):
         every = sorted(expected.flatten().tolist())
         middle = (every[7] + every[8]) / 2
         assert said[name] == {"min": every[0], "median": middle, "without": every.count(0)}
-    assert said["vision"]["without"] > 0 and len(warned) == 1  # or this test sees too little
+    assert said["vision"]["without"] > 0  # or this test sees too little
     scarce = int((wanted["text"] < 32).sum())
-    assert warned[0].startswith(f"{scarce} of 16 experts saw fewer than 32 text tokens")
+    assert warned[0].startswith(f"text: {scarce} of 16 experts saw fewer than 32 tokens")
+    lines = [w for w in warned[1:] if "scale and no" in w]
+    lacking = [m for m in ("vision", "audio") if said[m]["without"]]
+    assert len(warned) == 1 + len(lines) and [w.split(":")[0] for w in lines] == lacking
+    assert lines[0].startswith(f"vision: {said['vision']['without']} of 16 experts, in layer")
+
+
+def test_what_is_said_of_experts_that_saw_little():
+    enough = [40, 32, 99]
+    assert scarcity("text", "text", {0: enough}) is None
+    assert scarcity("vision", "text", {0: [1, 2, 3]}) is None
+    assert scarcity("vision", "text", {2: [0, 5, 0], 3: enough, 5: [0, 1, 1]}) == (
+        "vision: 3 of 9 experts, in layers 2, 5, saw no token; they get the text scale and no "
+        "vision correction: more calibration samples would reach them"
+    )
+    assert "in layers 4-6, 9, saw" in scarcity("audio", "text", {4: [0], 5: [0], 6: [0], 9: [0]})
+    said = scarcity("text", "text", {0: [31, 32, 0], 1: enough})
+    assert said.startswith("text: 2 of 6 experts saw fewer than 32 tokens; 1 of 6 experts, in ")
+    assert "in layer 0, saw no token and get another modality's scale" in said
+    assert "no token" not in scarcity("text", "text", {0: [31, 32]})
+
+
+def test_a_run_shows_what_experts_saw(full_omni, capsys):
+    stages(full_omni[1])
+    shown = capsys.readouterr().out.split("calibration tokens of an expert")[1]
+    seen = full_omni[1]["stages"]["calibrate"]["experts"]
+    for name, counts in seen.items():
+        row = next(line for line in shown.splitlines() if line.startswith(name)).split()
+        assert row[1:] == [f"{counts['min']}", f"{counts['median']:g}", f"{counts['without']}"]
 
 
 def test_few_rows_and_no_gram_are_kept_of_an_expert(full_omni):

@@ -70,6 +70,14 @@ def stages(document: dict[str, Any]) -> None:
         for name, stage in document["stages"].items()
     ]
     draw_table(("stage", "state", "time", "peak memory"), rows, right=(2, 3))
+    if experts := document["stages"].get("calibrate", {}).get("experts"):
+        reached = [
+            (name, f"{n['min']:,}", f"{n['median']:,.1f}".removesuffix(".0"), f"{n['without']:,}")
+            for name, n in experts.items()
+        ]
+        print()
+        heads = ("calibration tokens of an expert", "fewest", "median", "experts without any")
+        draw_table(heads, reached, right=(1, 2, 3))
     if document.get("export_dir"):
         print("checkpoint:", document["export_dir"])
 

@@ -5,7 +5,7 @@ of a modality. What is kept of each is less, too, as there are many.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -48,30 +48,61 @@ def coverage(job: Job, folder: Path) -> dict[str, dict[str, float]] | None:
     """Per modality the tokens that an expert got: min and median over all experts of all layers,
     and how many experts got none (`without`); None for a model without experts.
 
-    `folder` is that of a finished calibrate stage. Warns where experts saw little.
+    `folder` is that of a finished calibrate stage. Warns, once per modality, where experts saw
+    little of it.
     """
-    seen: dict[str, list[int]] = {name: [] for name in job.recipe.modalities}
+    seen: dict[str, dict[int, list[int]]] = {name: {} for name in job.recipe.modalities}
     for layer in job.layers:
         experts = [site.key for site in layer.sites if site.expert is not None]
         if not experts:
             continue
         with safe_open(shards.layer_file(folder, layer.layer), framework="pt") as shard:
             for name, counts in seen.items():
-                counts += [int(shard.get_tensor(f"{key}.{name}.count")) for key in experts]
-    base = seen[job.recipe.modalities[0]]
-    if not base:
+                counts[layer.layer] = [
+                    int(shard.get_tensor(f"{key}.{name}.count")) for key in experts
+                ]
+    if not any(seen.values()):
         return None
-    scarce = sum(count < SCARCE for count in base)
-    if scarce:
-        job.progress.warn(
-            f"{scarce} of {len(base)} experts saw fewer than {SCARCE} {job.recipe.modalities[0]} "
-            f"tokens, {base.count(0)} of them none: more calibration samples would reach them"
-        )
+    for name, counts in seen.items():
+        if line := scarcity(name, job.recipe.modalities[0], counts):
+            job.progress.warn(line)
+    every = {name: [n for layer in counts.values() for n in layer] for name, counts in seen.items()}
     return {
         name: {
             "min": min(counts),
             "median": statistics.median(counts),
             "without": counts.count(0),
         }
-        for name, counts in seen.items()
+        for name, counts in every.items()
     }
+
+
+def scarcity(name: str, base: str, counts: Mapping[int, Sequence[int]]) -> str | None:
+    """What to say of the modality `name` when experts got these tokens of it, layer by layer."""
+    every = [n for layer in counts.values() for n in layer]
+    scarce = sum(n < SCARCE for n in every)
+    lacking = [index for index, layer in counts.items() if 0 in layer]
+    some = f"{every.count(0)} of {len(every)} experts, in {_layers(lacking)}, saw no token"
+    remedy = "more calibration samples would reach them"
+    if name != base:
+        if not lacking:
+            return None
+        return f"{name}: {some}; they get the {base} scale and no {name} correction: {remedy}"
+    if not scarce:
+        return None
+    few = f"{base}: {scarce} of {len(every)} experts saw fewer than {SCARCE} tokens"
+    if lacking:
+        few += f"; {some} and get another modality's scale, or plain rounding if they saw nothing"
+    return f"{few}: {remedy}"
+
+
+def _layers(indices: Sequence[int]) -> str:
+    """[1, 2, 3, 7] as "layers 1-3, 7"."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    said = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"layer{'s' if len(indices) > 1 else ''} {said}"
