@@ -16,11 +16,10 @@ LEAST, TOLERANCE = 1.6, 1e-6
 STAGES = ("calibrate", "smooth", "compensate")
 
 
-def ranks(work: Path, say: Callable[[str], None], *, layers: int = 4, rounds: int = 2) -> dict:
+def ranks(work: Path, say: Callable[[str], None], *, layers: int = 8, rounds: int = 1) -> dict:
     """Seconds of calibrate and solve, from the runs' own manifests, interleaved."""
     model = models.qwen2(work / f"qwen2-{layers}", layers)
     content = recipe(model, "ranks")
-    content["calibration"]["sources"][0]["limit"] = 32
     content["weights"]["rounding"] = "gptq"
     del content["calibration"]["gram"]
     path = write_recipe(work, content)

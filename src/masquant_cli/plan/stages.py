@@ -161,7 +161,7 @@ class Planner:
             peak = max(peak, tape.peak)
         seconds += (sizes["files"] + carried(self.subject)) * machine.writing
         if job.recipe.export.verify:
-            seconds += STARTING + 2 * (floats + sizes["total"]) * machine.reading
+            seconds += STARTING + (floats + sizes["total"]) * machine.reading
         return self._prediction(seconds, peak, sizes["files"] + carried(self.subject))
 
     def _prediction(

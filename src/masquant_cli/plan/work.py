@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from masquant_cli.algo import gptq as gptq_module
 from masquant_cli.algo import low_rank
 from masquant_cli.algo.site import SiteProblem
 from masquant_cli.algo.statistics import InputStatistics
@@ -28,6 +29,7 @@ from masquant_cli.stages.job import Job
 from masquant_cli.stages.smooth import site_problem
 
 META = torch.device("meta")
+COPIES = 10  # of the weights that GPTQ has in work
 TAPED_EPOCHS = 2  # those after the first are all alike
 
 
@@ -265,8 +267,11 @@ def _without_numbers() -> Iterator:
                 for t in (weight, gram, rows)
             )
             recorder.tape.calls[Call(gptq, (*shapes, form))] += 1
-            width = weight.shape[1]  # GPTQ says what it holds beside the Gram
-            recorder.use(8 * width * ((2 * width) if rows is None else 2 * len(rows)))
+            # What GPTQ says that it holds beside the Gram, and a chunk in work.
+            width = weight.shape[1]
+            chunk = max(gptq_module.FEWEST, gptq_module.CHUNK["cpu"] // width)
+            held = 8 * width * ((2 * width) if rows is None else 2 * len(rows))
+            recorder.use(held + COPIES * 4 * width * min(chunk, len(weight)))
             return base_weight.quantize_weight(weight, *form)
 
         low_rank.top_eigenvectors, base_weight.gptq_round = blocks, rounded
