@@ -63,13 +63,18 @@ def gptq_round(
         seen = of_gram(_checked(gram, n_in).to(weight.device), damp, act_order, dtype)
     else:
         seen = of_rows(rows, damp, act_order, dtype)
-    size = max(FEWEST, CHUNK.get(weight.device.type, 2**26) // n_in)
+    size = outputs_at_once(n_in, weight.device)
     for start in range(0, len(weight), size):
         at = slice(start, start + size)
         zero = None if found.zero is None else found.zero[at]
         part = QWeight(found.q[at], found.scale[at], zero)
         part.q.copy_(_round(weight[at], part, seen, bits, dtype))
     return found
+
+
+def outputs_at_once(n_in: int, device: torch.device) -> int:
+    """How many outputs of a weight with `n_in` inputs are rounded together."""
+    return max(FEWEST, CHUNK.get(device.type, 2**26) // n_in)
 
 
 def _checked(gram: torch.Tensor, n_in: int) -> torch.Tensor:

@@ -6,14 +6,21 @@ rest is estimated from those that were timed. Start at `Bench.seconds`.
 
 import time
 from dataclasses import dataclass, field
+from statistics import median
 from types import FunctionType
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from masquant_cli.algo import gptq
+from masquant_cli.algo.curvature import of_gram, of_rows
 from masquant_cli.plan.tape import Call, Shape, Tape
 
 OVERHEAD = 4e-6  # seconds of a view, or of an operation's call alone
+SMALL = 1 << 18  # bytes that are still in the caches where an operation wants them
+CACHE = 32 << 20  # bytes, about what a processor's caches hold
+LONG = 0.3  # seconds of what is not timed twice
+PRODUCT = 1e11  # multiplications and additions per second
 ROUNDED = 256  # input channels with which GPTQ is timed
 LARGE = 4e8  # rough operations above which a part is timed
 CUBIC = ("linalg_eigh", "linalg_eigvalsh", "linalg_cholesky_ex", "linalg_inv_ex", "linalg_solve_ex")
@@ -23,32 +30,30 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear")
 
 @dataclass
 class Bench:
-    """Times operations on `device`, at most `budget` seconds in all."""
+    """Times operations on `device`, at most about `budget` seconds for a tape."""
 
     device: torch.device
-    budget: float = 6.0
-    spent: float = 0.0
+    budget: float = 8.0
     known: dict[Call, float] = field(default_factory=dict)
+    other: torch.Tensor = field(default_factory=lambda: torch.zeros(CACHE // 4))
 
     def seconds(self, tape: Tape) -> float:
         """What the operations of a tape take, one after the other."""
         wanted = sorted(tape.calls, key=lambda c: -tape.calls[c] * _rough(c))
-        ratios: list[tuple[float, float]] = []
-        total = 0.0
+        until, total = time.perf_counter() + self.budget, 0.0
+        timed = rough = 0.0
         for call in wanted:
             if _is_view(call):
                 total += tape.calls[call] * OVERHEAD
                 continue
-            if call not in self.known and self.spent < self.budget:
-                began = time.perf_counter()
+            if call not in self.known and time.perf_counter() < until:
                 self.known[call] = self._measure(call)
-                self.spent += time.perf_counter() - began
             if call in self.known:
-                ratios.append((self.known[call], _rough(call)))
+                if not isinstance(call.op, FunctionType):
+                    timed, rough = timed + self.known[call], rough + _rough(call)
                 total += tape.calls[call] * self.known[call]
             else:
-                factor = sum(a for a, _ in ratios) / max(sum(b for _, b in ratios), 1e-12)
-                total += tape.calls[call] * _rough(call) * (factor or 1.0)
+                total += tape.calls[call] * _rough(call) * (timed / rough if rough else 1.0)
         return total
 
     def _measure(self, call: Call) -> float:
@@ -65,41 +70,67 @@ class Bench:
                     options["device"] = self.device
                 if "attention" in name_of(part):
                     part = Call(_attention, part.arguments)
-                rounds = 1 if _rough(call) > 0.02 else 3
+                rounds = 2 if _rough(call) > 0.02 else 5
+                forgets = SMALL < sum(t.nbytes for t in part.tensors) < CACHE
                 part.op(*arguments, **options)
-                self._wait()
-                began = time.perf_counter()
+                taken = []
                 for _ in range(rounds):
+                    self._wait()
+                    if forgets:
+                        self._forget()
+                    began = time.perf_counter()
                     part.op(*arguments, **options)
-                self._wait()
-                return factor * (time.perf_counter() - began) / rounds
+                    self._wait()
+                    taken.append(time.perf_counter() - began)
+                return factor * median(taken)
         except (RuntimeError, IndexError, TypeError, ValueError):
             return _rough(call)
 
     def _rounding(self, call: Call) -> float:
-        """GPTQ: so much for every input channel, and products that grow with their square. Timed
-        with few channels, and with twice as many."""
-        weight, _, rows, form = call.arguments
-        (out, width), few = weight.size, min(ROUNDED, weight.size[1])
-        part = min(out, 4096)
-        taken = []
-        for columns in (few, min(2 * few, width)):
-            made = torch.randn(part, columns, device=self.device)
-            seen = torch.randn(2 * columns, columns, device=self.device)
-            gram, known = seen.T @ seen, {}
-            if rows is not None:
-                gram, known = None, {"rows": seen[: rows.size[0]]}
-            options = (form[0], None, *form[2:])
+        """GPTQ: what it learns of the inputs once, then so many outputs at a time.
+
+        Both grow with the channels, and are timed with a few of them; the first grows with their
+        cube where it is of a Gram. Products beyond those timed are priced.
+        """
+        weight, _, rows, _ = call.arguments
+        out, width = weight.size
+        part = min(out, gptq.outputs_at_once(width, self.device))
+        if rows is not None and 3 * rows.size[0] < width:
+            columns = min(width, max(2 * ROUNDED, 3 * rows.size[0] + 1))
+            once, each = self._rounded(call, part, columns, rows.size[0])
+            return (once + each * out / part) * width / columns
+        columns = min(width, 2 * ROUNDED)
+        once, each = self._rounded(call, part, columns, None)
+        if width > columns:
+            large = min(width, 4 * ROUNDED)
+            once = self._rounded(call, 1, large, None)[0] * (width / large) ** 3
+            each = each * width / columns + part * width * (width - columns) / PRODUCT
+        return once + each * out / part
+
+    def _rounded(self, call: Call, out: int, columns: int, rows: int | None) -> tuple[float, float]:
+        """Seconds of what is learned of the inputs, and of rounding [out, columns]."""
+        bits, _, *form = call.arguments[3]
+        made = torch.randn(out, columns, device=self.device)
+        seen = torch.randn(rows or 2 * columns, columns, device=self.device)
+        gram, known = (seen.T @ seen, {}) if rows is None else (None, {"rows": seen})
+        learn, x = (of_gram, gram) if rows is None else (of_rows, seen)
+        turns: list[tuple[float, float]] = []
+        while len(turns) < 2 and sum(map(sum, turns)) < LONG:
             self._wait()
             began = time.perf_counter()
-            call.op(made, gram, *options, **known)
+            learn(x, 0.01, True, torch.float32)
             self._wait()
-            taken.append(time.perf_counter() - began)
-        if width <= 2 * few:
-            return taken[1] * out / part
-        square = max(0.0, (taken[1] - 2 * taken[0]) / (2 * few * few))
-        each = (taken[0] - square * few * few) / few
-        return (each * width + square * width * width) * out / part
+            learned = time.perf_counter()
+            call.op(made, gram, bits, None, *form, **known)
+            self._wait()
+            once = learned - began
+            turns.append((once, max(0.0, time.perf_counter() - learned - once)))
+        return min(turns, key=sum)
+
+    def _forget(self) -> None:
+        """Other data into the caches: an operation seldom finds there what it reads."""
+        if self.device.type == "cpu":
+            self.other.add_(1.0)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

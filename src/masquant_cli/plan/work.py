@@ -7,6 +7,7 @@ are timed as a whole. What a layer's forward costs is taken from its linears.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from masquant_cli.algo import gptq as gptq_module
 from masquant_cli.algo import low_rank
+from masquant_cli.algo.gptq import outputs_at_once
 from masquant_cli.algo.site import SiteProblem
 from masquant_cli.algo.statistics import InputStatistics
 from masquant_cli.methods import find
@@ -250,6 +251,7 @@ def _alike(layer: LayerSites) -> list[tuple[tuple[Site, ...], int]]:
 def _without_numbers() -> Iterator:
     """Record what functions do that look at numbers."""
     eigenvectors, gptq = low_rank.top_eigenvectors, base_weight.gptq_round
+    error = base_weight.base_error
     with record() as recorder:
 
         def blocks(*args, **kwargs):
@@ -269,16 +271,24 @@ def _without_numbers() -> Iterator:
             recorder.tape.calls[Call(gptq, (*shapes, form))] += 1
             # What GPTQ says that it holds beside the Gram, and a chunk in work.
             width = weight.shape[1]
-            chunk = max(gptq_module.FEWEST, gptq_module.CHUNK["cpu"] // width)
+            chunk = outputs_at_once(width, torch.device("cpu"))
             held = 8 * width * ((2 * width) if rows is None else 2 * len(rows))
             recorder.use(held + COPIES * 4 * width * min(chunk, len(weight)))
             return base_weight.quantize_weight(weight, *form)
 
+        asked = itertools.count()
+
+        def judged(*args):
+            error(*args)
+            return -next(asked)  # the last candidate wins: GPTQ, as nearly always
+
         low_rank.top_eigenvectors, base_weight.gptq_round = blocks, rounded
+        base_weight.base_error = judged
         try:
             yield recorder
         finally:
             low_rank.top_eigenvectors, base_weight.gptq_round = eigenvectors, gptq
+            base_weight.base_error = error
 
 
 def linears_outside(model: nn.Module, layers: str) -> list[tuple[int, int]]:
