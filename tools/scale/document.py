@@ -164,7 +164,7 @@ def about(found: dict) -> str:
         tools.append(f"{name} {own}".strip() + f" on torch {versions['torch']}")
     return (
         f"{machine['cpu']}, {machine['cpus']} cores, {machine['memory_gb']:.0f} GB; "
-        f"{'; '.join(tools)}; {facts['date'][:10]}, `{facts['command']}`."
+        f"{'; '.join(tools)}; {facts['date'][:10]}, `{facts['command'].partition(' --')[0]}`."
     )
 
 
