@@ -75,7 +75,7 @@ def predict(work: Path, say: Callable[[str], None]) -> dict:
     return {"predictions": found}
 
 
-def vlm100m(work: Path, say: Callable[[str], None], rounds: int = 2) -> dict:
+def vlm100m(work: Path, say: Callable[[str], None], rounds: int = 1) -> dict:
     """Seconds of the whole, with the base rounded to nearest and by GPTQ (the method's own)."""
     model = vision.qwen2_5_vl(work / "vl-100m", "100m", **ASKED["100m"])
     found = {}

@@ -19,7 +19,7 @@ from masquant_cli.stages.memory import SPARE, embedding_bytes
 from masquant_cli.stages.walk import tower_blocks
 
 TOWER = 4  # positions in a tower for each token that it gives
-STARTING = 8.0  # seconds until a fresh process answers
+STARTING = 7.0  # seconds until a fresh process answers
 KEPT = 100 << 20  # bytes that allocators and libraries hold on to, measured
 LAYER_CALL = 2e-4  # seconds of Python per layer and batch
 
