@@ -19,6 +19,7 @@ from masquant_cli.algo.low_rank import (
     unwhitened_low_rank,
 )
 from masquant_cli.errors import RecipeError
+from masquant_cli.machine import give_back_memory
 from masquant_cli.models.sites import Site
 from masquant_cli.stages.base_weight import base_weight
 from masquant_cli.stages.job import Job
@@ -46,6 +47,7 @@ def compensate(job: Job, folder: Path, fingerprint: str) -> dict:
             if job.rounding != "nearest" or job.rank(site):
                 statistics = job.read("calibrate", index, f"{site.key}.")
                 _site(job, site, statistics, scales[f"{site.key}.scale"], tensors, notes)
+                give_back_memory()  # what stays lies among what was freed
                 job.progress.advance(0)
         shards.save(files[index], tensors, fingerprint=fingerprint, notes=notes)
         job.progress.advance(1)
