@@ -56,6 +56,12 @@ def folders(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def skeleton(name, folders, monkeypatch):
+    monkeypatch.setattr(loading, "load_processor", lambda folder: None)
+    return load_skeleton(Model(path=str(folders(name)), dtype="float32"), "cpu")
+
+
 def tiny(name: str):
     """A float model whose experts, if it has any, have names, and inputs for it."""
     if name in CASES:
@@ -163,9 +169,7 @@ def test_names_of_published_checkpoints(name):
 
 
 @every
-def test_a_skeleton_is_the_model(name, folders, monkeypatch):
-    monkeypatch.setattr(loading, "load_processor", lambda folder: None)
-    skeleton = load_skeleton(Model(path=str(folders(name)), dtype="float32"), "cpu")
+def test_a_skeleton_is_the_model(name, skeleton):
     model, inputs = tiny_families.model(name), tiny_families.inputs(name)
     want = real_logits(model, inputs)
     with skeleton.materialised(""):
@@ -175,9 +179,7 @@ def test_a_skeleton_is_the_model(name, folders, monkeypatch):
 
 @with_experts
 @torch.no_grad()
-def test_layer_by_layer_equals_the_full_forward(name, folders, monkeypatch):
-    monkeypatch.setattr(loading, "load_processor", lambda folder: None)
-    skeleton = load_skeleton(Model(path=str(folders(name)), dtype="float32"), "cpu")
+def test_layer_by_layer_equals_the_full_forward(name, skeleton):
     model, inputs = tiny(name)
     seen = []
     hook = model.get_decoder().norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -202,11 +204,9 @@ def words_alone(name: str, inputs: dict) -> dict:
 
 @with_experts
 @torch.no_grad()
-def test_walking_it_part_by_part_gives_its_logits(name, folders, monkeypatch):
+def test_walking_it_part_by_part_gives_its_logits(name, skeleton, monkeypatch):
     """As verification does it: words by the row, a tower's block or a layer at a time, the head."""
-    monkeypatch.setattr(loading, "load_processor", lambda folder: None)
     monkeypatch.setattr(walk, "HEAD", 700)  # the head in several slices
-    skeleton = load_skeleton(Model(path=str(folders(name)), dtype="float32"), "cpu")
     model, inputs = tiny(name)
     probes = {"all": inputs, "words": words_alone(name, inputs)}
     real = inputs["attention_mask"].flatten().nonzero()[1::2, 0]
@@ -226,9 +226,7 @@ def test_walking_it_part_by_part_gives_its_logits(name, folders, monkeypatch):
 
 @with_experts
 @torch.no_grad()
-def test_of_a_tower_one_block_is_in_memory(name, folders, monkeypatch):
-    monkeypatch.setattr(loading, "load_processor", lambda folder: None)
-    skeleton = load_skeleton(Model(path=str(folders(name)), dtype="float32"), "cpu")
+def test_of_a_tower_one_block_is_in_memory(name, skeleton):
     inputs, blocks = tiny(name)[1], walk.tower_blocks(skeleton)
     assert bool(blocks) == (len(inputs) > 2)  # there are media
     held = []

@@ -1,6 +1,7 @@
 """A plan counts what the code does, and says in bytes what a run then writes and holds."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -280,7 +281,7 @@ def test_every_stage_has_a_cost(planned):
 def test_what_does_not_fit_is_exit_code_3(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     sets = [x for o in small_sets() for x in ("--set", o)]
     line = ["smooth", "-c", "tiny-omni-w4a8", "--dry-run", "--json", *sets]
     code = app.main([*line, "--set", "resources.max_memory=20MB"])

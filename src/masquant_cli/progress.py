@@ -3,6 +3,7 @@
 `cli/console.py` draws it; anything else with these four methods will do.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -30,3 +31,15 @@ class NullProgress:
     def note(self, text: str) -> None: ...
 
     def warn(self, text: str) -> None: ...
+
+
+def layer_ranges(indices: Sequence[int]) -> str:
+    """[1, 2, 3, 7] as "layers 1-3, 7"."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    said = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"layer{'s' if len(indices) > 1 else ''} {said}"

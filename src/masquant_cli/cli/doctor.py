@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from masquant_cli import __version__, recipe_yaml
+from masquant_cli.progress import layer_ranges
 
 NEEDED = ("torch", "transformers", "datasets", "safetensors", "pydantic", "jiwer", "soundfile")
 OPTIONAL = ("triton", "accelerate", "vllm", "torchvision")
@@ -120,7 +121,7 @@ def show_model(document: dict[str, Any]) -> None:
              ", ".join(map(str, site["out"])))
             for kind, site in group["sites"].items()
         ]  # fmt: skip
-        print(f"\n{_ranges(group['layers'])}")
+        print(f"\n{layer_ranges(group['layers'])}")
         draw_table(("site", "linears", "experts", "inputs", "outputs"), rows, right=(2, 3))
     if document.get("left_float"):
         print("\nleft float")
@@ -180,15 +181,3 @@ def _show_unknown(document: dict[str, Any]) -> None:
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.3g} M"
-
-
-def _ranges(layers: list[int]) -> str:
-    """[0, 1, 2, 5] as "layers 0-2, 5"."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    shown = ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
-    return f"layers {shown}" if len(layers) > 1 else f"layer {shown}"

@@ -1,7 +1,6 @@
 """`masquant sweep`: many recipes, here or over a fleet."""
 
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -64,6 +63,7 @@ def _dry_run(chosen, run_root: Path, reuse, here: bool, processes: int, json: bo
     from masquant_cli import sweep as sweeps
     from masquant_cli.cli import render
     from masquant_cli.errors import EXIT_ENVIRONMENT
+    from masquant_cli.plan.machine import disk_near
 
     rows, makers = [], {}  # calibration -> the first run that makes it, for all
     with render.stdout_reserved():
@@ -71,8 +71,7 @@ def _dry_run(chosen, run_root: Path, reuse, here: bool, processes: int, json: bo
             rows.append(_planned(member, steps, makers, processes))
     problems = [f"{row['recipe']}: {text}" for row in rows for text in row["problems"]]
     sums = {key: sum(row[key] or 0 for row in rows) for key in ("seconds", "disk_bytes")}
-    near = next(p for p in (run_root, *run_root.resolve().parents) if p.is_dir())
-    needed, free = sums["disk_bytes"], shutil.disk_usage(near).free
+    needed, (near, free) = sums["disk_bytes"], disk_near(run_root)
     if needed > free:
         problems.append(
             f"the runs together write {needed / 1e9:.1f} GB, {near} has {free / 1e9:.1f} GB left"

@@ -5,7 +5,6 @@ timed operation by operation on this machine (rates.py), or priced for another o
 """
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,7 +16,7 @@ from masquant_cli.errors import RecipeError
 from masquant_cli.models.loading import pick_device
 from masquant_cli.plan import subject as subjects
 from masquant_cli.plan.coverage import Coverage, cover
-from masquant_cli.plan.machine import CARDS, Elsewhere, Here, elsewhere
+from masquant_cli.plan.machine import CARDS, Elsewhere, Here, disk_near, elsewhere
 from masquant_cli.plan.stages import Planner
 from masquant_cli.recipe import Recipe
 from masquant_cli.rundir import STAGES
@@ -152,8 +151,7 @@ def _problems(planner: Planner, stages: dict, run_dir: Path, remote: Elsewhere |
                     f"{planner.limit / 1e9:.1f} GB may be used{each}"
                 )
     if remote is None:
-        near = next(p for p in (run_dir, *run_dir.resolve().parents) if p.is_dir())
-        free, needed = shutil.disk_usage(near).free, sum(s.disk for s in stages.values())
+        (near, free), needed = disk_near(run_dir), sum(s.disk for s in stages.values())
         if needed > free:
             found.append(
                 f"the run writes {needed / 1e9:.1f} GB, {near} has {free / 1e9:.1f} GB left"

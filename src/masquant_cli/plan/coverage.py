@@ -12,7 +12,7 @@ from masquant_cli.data.sources import local_files
 from masquant_cli.errors import RecipeError
 from masquant_cli.plan.subject import Subject
 from masquant_cli.progress import NullProgress
-from masquant_cli.stages.samples import _refuse_or_warn, choose_samples, groups
+from masquant_cli.stages.samples import choose_samples, groups, refuse_or_warn
 
 PATIENCE = 6.0  # seconds for choosing samples
 SAMPLE_TOKENS = 512  # of a sample that nobody looked at
@@ -94,7 +94,7 @@ def _assumed(subject: Subject, known: str, per_sample: float) -> Coverage:
             if name in media:
                 tokens[name] += max(1, int(rows * length * 0.75 / len(media)))
         tokens[names[0]] += int(rows * length * (0.25 if media else 1.0))
-    _refuse_or_warn(recipe, tokens, 0, NullProgress())  # what no source's messages use has none
+    refuse_or_warn(recipe, tokens, 0, NullProgress())  # what no source's messages use has none
     tokens = {m: min(n, calibration.tokens.get(m, n)) for m, n in tokens.items()}
     samples = max(1, round(sum(tokens.values()) / length))
     each = max(1, calibration.batch_tokens // length)

@@ -20,6 +20,12 @@ from masquant_cli.plan.tape import Call, Tape
 PROBE = 32 << 20  # bytes that are written and read to see how fast that is
 
 
+def disk_near(folder: Path) -> tuple[Path, int]:
+    """Where `folder` is or will be, the nearest that is there already; and the bytes free there."""
+    near = next(p for p in (folder, *folder.resolve().parents) if p.is_dir())
+    return near, shutil.disk_usage(near).free
+
+
 @dataclass
 class Here:
     """This machine. `folder`: where the run will write; nothing is left there. `processes` share
@@ -45,7 +51,7 @@ class Here:
         return self.bench.seconds(tape)
 
     def _shard(self) -> tuple[float, float]:
-        near = next(p for p in (self.folder, *self.folder.resolve().parents) if p.is_dir())
+        near, _ = disk_near(self.folder)
         try:
             scratch = tempfile.mkdtemp(prefix=".masquant-plan-", dir=near)
         except OSError:  # the run will say so

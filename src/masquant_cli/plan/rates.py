@@ -21,7 +21,7 @@ SMALL = 1 << 18  # bytes that are still in the caches where an operation wants t
 CACHE = 32 << 20  # bytes, about what a processor's caches hold
 LONG = 0.3  # seconds of what is not timed twice
 PRODUCT = 1e11  # multiplications and additions per second
-ROUNDED = 256  # input channels with which GPTQ is timed
+ROUNDED = 512  # input channels with which GPTQ is timed
 LARGE = 4e8  # rough operations above which a part is timed
 CUBIC = ("linalg_eigh", "linalg_eigvalsh", "linalg_cholesky_ex", "linalg_inv_ex", "linalg_solve_ex")
 QR = ("linalg_qr", "linalg_svd")
@@ -96,13 +96,13 @@ class Bench:
         out, width = weight.size
         part = min(out, gptq.outputs_at_once(width, self.device))
         if rows is not None and 3 * rows.size[0] < width:
-            columns = min(width, max(2 * ROUNDED, 3 * rows.size[0] + 1))
+            columns = min(width, max(ROUNDED, 3 * rows.size[0] + 1))
             once, each = self._rounded(call, part, columns, rows.size[0])
             return (once + each * out / part) * width / columns
-        columns = min(width, 2 * ROUNDED)
+        columns = min(width, ROUNDED)
         once, each = self._rounded(call, part, columns, None)
         if width > columns:
-            large = min(width, 4 * ROUNDED)
+            large = min(width, 2 * ROUNDED)
             once = self._rounded(call, 1, large, None)[0] * (width / large) ** 3
             each = each * width / columns + part * width * (width - columns) / PRODUCT
         return once + each * out / part

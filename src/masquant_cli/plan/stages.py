@@ -16,7 +16,7 @@ from masquant_cli.plan.subject import Subject, carried, size
 from masquant_cli.plan.tape import Tape, record
 from masquant_cli.plan.work import META, Kind
 from masquant_cli.stages.memory import SPARE, embedding_bytes
-from masquant_cli.stages.walk import tower_blocks
+from masquant_cli.stages.walk import held_before_layers, tower_blocks
 
 TOWER = 4  # positions in a tower for each token that it gives
 STARTING = 7.0  # seconds until a fresh process answers
@@ -109,16 +109,12 @@ class Planner:
         """Bytes of towers and embeddings that are in memory together, and that are read: all once,
         or part by part for every batch where there is no room for them at once."""
         skeleton = self.job.float
-        names = skeleton.names_outside_layers()
-        whole = skeleton.nbytes(*names)
+        whole = skeleton.nbytes(*skeleton.names_outside_layers())
         if self.gpu or embedding_bytes(self.job) <= (1 - SPARE) * self.limit - self.base:
             return whole, whole
-        words = skeleton.model.get_input_embeddings().weight
         blocks = tower_blocks(skeleton)
         parts = [skeleton.nbytes(block) for block in blocks]
-        inside = tuple(f"{block}." for block in blocks)
-        held = [name for name in names if not name.startswith(inside)]
-        held = [name for name in held if skeleton.model.get_parameter(name) is not words]
+        held = held_before_layers(skeleton, blocks)
         rest = skeleton.nbytes(*held) if held else 0
         batches = -(-len(self.coverage.batches) // self.machine.processes)
         return rest + max(parts, default=0), rest + sum(parts) * batches

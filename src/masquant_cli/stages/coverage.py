@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from masquant_cli import shards
 from masquant_cli.models.sites import Site
+from masquant_cli.progress import layer_ranges
 from masquant_cli.recipe import Calibration
 from masquant_cli.stages.job import Job
 
@@ -82,7 +83,7 @@ def scarcity(name: str, base: str, counts: Mapping[int, Sequence[int]]) -> str |
     every = [n for layer in counts.values() for n in layer]
     scarce = sum(n < SCARCE for n in every)
     lacking = [index for index, layer in counts.items() if 0 in layer]
-    some = f"{every.count(0)} of {len(every)} experts, in {_layers(lacking)}, saw no token"
+    some = f"{every.count(0)} of {len(every)} experts, in {layer_ranges(lacking)}, saw no token"
     remedy = "more calibration samples would reach them"
     if name != base:
         if not lacking:
@@ -94,15 +95,3 @@ def scarcity(name: str, base: str, counts: Mapping[int, Sequence[int]]) -> str |
     if lacking:
         few += f"; {some} and get another modality's scale, or plain rounding if they saw nothing"
     return f"{few}: {remedy}"
-
-
-def _layers(indices: Sequence[int]) -> str:
-    """[1, 2, 3, 7] as "layers 1-3, 7"."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    said = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"layer{'s' if len(indices) > 1 else ''} {said}"

@@ -74,7 +74,7 @@ def choose_samples(
             for m in counted:
                 filled[m] += counts[m]
             progress.advance(1, tokens=length)
-    _refuse_or_warn(recipe, got, skipped, progress)
+    refuse_or_warn(recipe, got, skipped, progress)
     return CalibrationSet(tuple(chosen), tuple(lengths), got, skipped)
 
 
@@ -199,7 +199,7 @@ def _fills(source: Source, names: tuple[str, ...]) -> list[str]:
     return [m for m in names[1:] if m in media] or [names[0]]
 
 
-def _refuse_or_warn(recipe: Recipe, got: dict[str, int], skipped: int, progress: Progress) -> None:
+def refuse_or_warn(recipe: Recipe, got: dict[str, int], skipped: int, progress: Progress) -> None:
     for m, n in got.items():
         if n == 0:
             raise RecipeError(

@@ -4,7 +4,7 @@ Used on both sides of verification: what happens in a layer is the caller's. Sta
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -56,24 +56,30 @@ def before_layers(skeleton: Skeleton, *, at_once: bool = False) -> Iterator[None
         with skeleton.materialised_names(skeleton.names_outside_layers()):
             yield
         return
-    words = skeleton.model.get_input_embeddings()
-    rows_only = type(words) is nn.Embedding and words.max_norm is None
-    read_by_row = {id(words.weight)} if rows_only else set()
-    blocks = tower_blocks(skeleton)
-    inside = tuple(f"{path}." for path in blocks)
-    at_once = [
-        name
-        for name in skeleton.names_outside_layers()
-        if not name.startswith(inside) and id(skeleton.model.get_parameter(name)) not in read_by_row
-    ]
+    words, blocks = skeleton.model.get_input_embeddings(), tower_blocks(skeleton)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(skeleton.materialised_names(at_once))
+        stack.enter_context(skeleton.materialised_names(held_before_layers(skeleton, blocks)))
         for path in blocks:
             stack.enter_context(_only_while_it_runs(skeleton, path))
-        if rows_only:
+        if _read_by_row(words):
             stored = _stored(skeleton, words)
             stack.enter_context(instead_of(words, partial(_rows, stored, skeleton)))
         yield
+
+
+def held_before_layers(skeleton: Skeleton, blocks: Sequence[str]) -> list[str]:
+    """What stays in memory until the first layer when towers are read by their `blocks`."""
+    words, inside = skeleton.model.get_input_embeddings(), tuple(f"{path}." for path in blocks)
+    by_row = {id(words.weight)} if _read_by_row(words) else set()
+    return [
+        name
+        for name in skeleton.names_outside_layers()
+        if not name.startswith(inside) and id(skeleton.model.get_parameter(name)) not in by_row
+    ]
+
+
+def _read_by_row(words: nn.Module) -> bool:
+    return type(words) is nn.Embedding and words.max_norm is None
 
 
 def tower_blocks(skeleton: Skeleton) -> list[str]:
