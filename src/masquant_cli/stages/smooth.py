@@ -10,6 +10,7 @@ import torch
 
 from masquant_cli import shards
 from masquant_cli.algo.site import Learned, SiteProblem, judged
+from masquant_cli.machine import give_back_memory
 from masquant_cli.methods import find
 from masquant_cli.methods.method import Layer
 from masquant_cli.models.sites import LayerSites, Site
@@ -114,6 +115,7 @@ class _Problems(Mapping):
     def __getitem__(self, key: str) -> SiteProblem:
         if self._last is None or self._last[0] != key:
             self._last, site = None, self._sites[key]
+            give_back_memory()  # what stays lies among what was freed
             statistics = self._job.read("calibrate", site.layer, f"{key}.")
             self._last = key, site_problem(self._job, site, statistics)
         return self._last[1]
