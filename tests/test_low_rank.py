@@ -190,6 +190,19 @@ def test_a_few_steps_come_near_the_best_subspace_and_a_warm_start_nearer():
     assert left(top_right_subspace(image, 4)) < best * 1.01
 
 
+def test_of_a_huge_side_a_random_block_is_no_answer():
+    """Experts have 200,000 outputs and more: a random block sees next to nothing of them."""
+    values = torch.ones(100_000)
+    values[::25_000] = 50.0
+
+    def apply(v):
+        return values[:, None] * v
+
+    v, found, _ = low_rank.top_eigenvectors(apply, len(values), 4, float(values.sum()), like=values)
+    assert found[:4].tolist() == pytest.approx([50.0] * 4, rel=0.01)
+    assert float(v[::25_000].square().sum()) == pytest.approx(4, rel=0.01)
+
+
 def test_rank_is_a_rounded_down_ratio_or_absolute_and_never_too_wide():
     assert rank_for(0.05, 256, 512) == 12
     assert rank_for(0.0, 256, 512) == 0

@@ -38,7 +38,7 @@ def build(folder):
     config = loading.read_config(folder)
     family = family_of(config)
     model = skeleton.build(config, family, torch.float32)
-    return model, open_checkpoint(folder, model, family)
+    return model, open_checkpoint(folder, model)
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +146,6 @@ def test_every_expert_is_read_from_the_files(name, saved, tmp_path):
     assert set(want) == set(checkpoint.stored)
     for key, tensor in want.items():
         assert torch.equal(checkpoint.read(key), tensor), key
-    every = sum(t.nbytes for k, t in want.items() if ".experts." in k)
-    assert checkpoint.nbytes(k for k in want if ".experts." in k) == every
     half = checkpoint.read(next(k for k in want if k.endswith("7.up_proj.weight")), torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half.is_contiguous()
     # What an export adds lies beside the experts' own names.

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -285,6 +286,8 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_finished(tmp_path, mo
     [
         (1, "SafetensorError: No space left on device", "disk is full"),
         (-9, "", "too little memory"),
+        (1, "RuntimeError: DefaultCPUAllocator: can't allocate memory", "too little memory"),
+        (1, "MemoryError", "too little memory"),
     ],
 )
 def test_verification_that_the_machine_stops(copied, monkeypatch, code, stderr, problem):
@@ -297,6 +300,14 @@ def test_verification_that_the_machine_stops(copied, monkeypatch, code, stderr, 
     with pytest.raises(EnvironmentProblem, match=problem):
         pipeline.run(small(), copied)
     assert not (copied / "export/model").exists()
+
+
+def test_a_verification_that_never_began_says_so(copied, monkeypatch):
+    """A child that is gone before it is asked: its pipe breaks, which is not what went wrong."""
+    shutil.rmtree(copied / "export")
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(CheckError, match="does not load in a fresh process: no output"):
+        pipeline.run(small(), copied)
 
 
 def flip(path: Path) -> None:

@@ -4,6 +4,8 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import rank_jobs
@@ -17,18 +19,21 @@ from masquant_cli.algo.low_rank import best_low_rank, rank_for
 from masquant_cli.algo.site import SiteProblem
 from masquant_cli.cli import app
 from masquant_cli.data.chat import kinds_of
+from masquant_cli.data.sources import count_rows
 from masquant_cli.errors import RecipeError
 from masquant_cli.methods import find
 from masquant_cli.methods.method import Layer
 from masquant_cli.models.hidden import Store
+from masquant_cli.models.resolve import resolve
 from masquant_cli.plan import coverage, rates, work
+from masquant_cli.plan import subject as subjects
 from masquant_cli.plan.coverage import Coverage, cover
 from masquant_cli.plan.machine import CARDS, Elsewhere, elsewhere
 from masquant_cli.plan.rates import Bench
 from masquant_cli.plan.stages import KEPT, Planner
 from masquant_cli.plan.subject import open_subject
 from masquant_cli.plan.tape import Call, Shape, Tape, record
-from masquant_cli.recipe import Smoothing
+from masquant_cli.recipe import Method, Model, Smoothing
 from masquant_cli.stages.memory import SPARE
 
 META = torch.device("meta")
@@ -141,7 +146,16 @@ def test_an_operation_too_large_to_time_is_timed_in_part(monkeypatch):
     part, factor = rates._smaller(call)
     a, b = part.tensors
     assert a.size[1] == b.size[0] < 4096 and b.size[1] == 9
-    assert factor == pytest.approx(4096 / a.size[0])
+    assert factor == pytest.approx((4096 / a.size[0]) ** 2)
+    part, factor = rates._smaller(Call(torch.ops.aten.mm.default, ((shape, shape), ())))
+    side = part.tensors[0].size[0]
+    assert all(t.size == (side, side) for t in part.tensors) and side < 4096
+    assert factor == pytest.approx((4096 / side) ** 3)
+    assert 0.4 < rates._rough(part) / (4e6 / 5e9) <= 1  # as much of it as may be timed
+    wide = Shape((18944, 3584), (3584, 1), torch.float32)
+    part, factor = rates._smaller(Call(torch.ops.aten.mul.Tensor, ((wide, wide), ())))
+    assert part.tensors[0].size[1] == 3584
+    assert factor == pytest.approx(18944 / part.tensors[0].size[0])
     square = Call(torch.ops.aten.linalg_eigh.default if hasattr(torch.ops.aten, "linalg_eigh")
                   else torch.ops.aten._linalg_eigh.default, ((shape,), ()))  # fmt: skip
     part, factor = rates._smaller(square)
@@ -238,6 +252,70 @@ def test_a_modality_that_no_hub_source_feeds_is_an_error_as_in_run(monkeypatch):
     subject.job.recipe = recipe.model_copy(update={"calibration": calibration})
     with pytest.raises(RecipeError, match="no calibration sample has audio tokens"):
         cover(subject)
+
+
+def test_what_takes_long_to_choose_is_extrapolated_to_all_rows(monkeypatch):
+    subject = open_subject(small(), "cpu")
+    chosen = cover(subject)
+    monkeypatch.setattr(coverage, "PATIENCE", -1.0)  # after the first sample
+    found = cover(subject)
+    assert found.known == "estimated"
+    assert found.samples == pytest.approx(chosen.samples, rel=0.5)
+    sources = tuple(
+        s.model_copy(update={"limit": None}) for s in subject.job.recipe.calibration.sources
+    )
+    update = {"sources": sources, "tokens": {}}
+    calibration = subject.job.recipe.calibration.model_copy(update=update)
+    subject.job.recipe = subject.job.recipe.model_copy(update={"calibration": calibration})
+    rows = sum(map(count_rows, sources))
+    assert cover(subject).samples == pytest.approx(rows, rel=0.3)
+    assert rows > 5 * found.samples
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_every_method_has_a_plan(method, tmp_path):
+    found = plan.predict(small(f"method={method}"), tmp_path / "run", on="h200")
+    compensate, smooth = found["stages"]["compensate"], found["stages"]["smooth"]
+    corrected = find(method).corrects or find(method).rounding != "nearest"
+    assert (compensate["disk_bytes"] > 0) == (compensate["seconds"] > 0) == bool(corrected)
+    assert (smooth["seconds"] > 0 or method in ("rtn", "smoothquant")) and smooth["disk_bytes"] > 0
+
+
+def test_a_machine_that_nobody_knows_has_the_memory_for_hidden_states(tmp_path):
+    recipe = small("method=rtn")
+    found = plan.predict(recipe, tmp_path / "run", ("calibrate",), on="h200")["stages"]["calibrate"]
+    little = small("method=rtn", "resources.max_memory=1MB")
+    spilled = plan.predict(little, tmp_path / "run", ("calibrate",), on="h200")["stages"]
+    assert spilled["calibrate"]["disk_bytes"] > found["disk_bytes"]
+    assert spilled["calibrate"]["peak_bytes"] < found["peak_bytes"]
+
+
+def test_what_an_interrupted_run_has_written_is_not_asked_of_the_disk_again(tmp_path, monkeypatch):
+    recipe = small("method=rtn")
+    there = tmp_path / "run" / "calibrate" / "layers" / "000.safetensors"
+    usage = SimpleNamespace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    found = plan.predict(recipe, tmp_path / "run", ("calibrate",))
+    needed = found["stages"]["calibrate"]["disk_bytes"]
+    assert len(found["problems"]) == 1 and found["written_bytes"] == 0
+    there.parent.mkdir(parents=True)
+    there.write_bytes(bytes(needed))
+    found = plan.predict(recipe, tmp_path / "run", ("calibrate",))
+    assert found["problems"] == [] and found["written_bytes"] == needed
+
+
+def test_a_download_that_was_interrupted_is_planned_from_its_config(tmp_path, monkeypatch):
+    config = json.loads((resolve(Model(path="builtin:tiny-omni")) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model-1-of-2.safetensors").write_bytes(b"")
+    monkeypatch.setattr(subjects, "resolve", lambda spec, download: tmp_path)
+    recipe = small("method=rtn").model_copy(update={"model": Model(path="an/omni")})
+    subject = open_subject(recipe, "cpu")
+    assert subject.known_from == "config" and subject.layout.nbytes > 1 << 20
+    with pytest.raises(RecipeError, match=r"model-2-of-2\.safetensors is missing"):  # a folder is as it is
+        open_subject(recipe.model_copy(update={"model": Model(path=str(tmp_path))}), "cpu")
 
 
 def test_of_several_ranks_the_first_plans_for_all(tmp_path):

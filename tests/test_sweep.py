@@ -102,7 +102,9 @@ def place(monkeypatch, tmp_path):
 
     monkeypatch.setattr(sweeps, "PROGRAM", program)
     cost = {"peak_bytes": 3e9, "disk_bytes": 5e9}
-    prediction = {"seconds": 7.5, "stages": {"a": cost, "b": cost}, "problems": []}
+    prediction = {
+        "seconds": 7.5, "stages": {"a": cost, "b": cost}, "written_bytes": 0, "problems": [],
+    }  # fmt: skip
     monkeypatch.setattr(plan_package, "predict", lambda *_, **__: prediction)
     monkeypatch.setitem(launchers.LAUNCHERS, "elsewhere", Elsewhere)
     return go
@@ -268,6 +270,49 @@ def test_a_dry_run_adds_up_the_disk(place, capsys, monkeypatch):
     assert "error: the runs together write 20.0 GB, " in capsys.readouterr().err
     free.free = 21e9
     assert app.main(line) == 0
+    free.free = 19e9
+    predicted = plan_package.predict() | {"written_bytes": 1e9}
+    monkeypatch.setattr(plan_package, "predict", lambda *_, **__: predicted)
+    assert app.main(line) == 0  # 2 GB are there from an earlier start
+
+
+def test_a_dry_run_of_runs_elsewhere_tells_what_this_machine_can_know(place, capsys, monkeypatch):
+    predict, asked = plan_package.predict, []
+    found = predict() | {"problems": ["this machine is small"]}
+    monkeypatch.setattr(plan_package, "predict", lambda *_, **more: asked.append(more) or found)
+    line = ["sweep", "a.yaml", "--dry-run", "--launcher", "submitit"]
+    assert app.main([*line, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    (row,) = document["plan"]
+    assert row["seconds"] is row["peak_bytes"] is document["seconds"] is None
+    assert row["disk_bytes"] == document["disk_bytes"] == 10e9
+    assert asked == [{"processes": 1, "on": "h200"}]  # nothing is timed here, nor looked for
+    assert app.main(line) == 0
+    assert "one after the other" not in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_have_its_folder_fails_alone(place):
+    Path("runs").mkdir()
+    Path("runs/b").write_text("in the way")
+    found = place("abd")
+    assert [run["state"] for run in found["runs"]] == ["done", "failed", "done"]
+    assert found["exit_code"] == 3 and "runs/b" in found["runs"][1]["error"]
+    Path("runs/b").unlink()
+    assert [run["state"] for run in place("abd")["runs"]] == ["cached", "done", "cached"]
+
+
+def test_sigterm_ends_a_sweep_as_it_ends_any_command(place, capsys, monkeypatch):
+    monkeypatch.setenv("BEHAVE", json.dumps({"a": "hang"}))
+
+    def end():
+        while not Path("runs/a/hangs").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end).start()
+    assert app.main(["sweep", "a.yaml"]) == 143
+    assert "ended by SIGTERM" in capsys.readouterr().err
+    assert Path("runs/a/interrupted").exists()
 
 
 def test_the_command(place, capsys, monkeypatch):
@@ -290,7 +335,8 @@ def test_the_command(place, capsys, monkeypatch):
     assert [row.split()[1] for row in out.splitlines()[2:5]] == ["cached", "todo", "cached"]
     assert "one after the other: 7.5 s, 10 GB" in out and "3 GB" in out
     monkeypatch.setattr(plan_package, "predict", lambda *_, **__: {
-        "seconds": 1.0, "stages": {"a": {"peak_bytes": 1, "disk_bytes": 1}}, "problems": ["too big"]
+        "seconds": 1.0, "stages": {"a": {"peak_bytes": 1, "disk_bytes": 1}},
+        "written_bytes": 0, "problems": ["too big"],
     })  # fmt: skip
     assert app.main([*line, "--dry-run"]) == 3
     assert "error: b: too big" in capsys.readouterr().err
@@ -310,7 +356,7 @@ def test_a_dry_run_counts_a_shared_calibration_once_and_goes_on_after_a_bad_reci
         if recipe.name == "d":
             raise RecipeError("its shard is truncated")
         cost = {"peak_bytes": 1, "disk_bytes": 1}
-        return {"seconds": 1.0, "stages": {"x": cost}, "problems": []}
+        return {"seconds": 1.0, "stages": {"x": cost}, "written_bytes": 0, "problems": []}
 
     monkeypatch.setattr(plan_package, "predict", predict)
     line = ["sweep", *(f"{n}.yaml" for n in "adbe"), "--dry-run", "--json", "--processes", "3"]

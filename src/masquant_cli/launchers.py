@@ -167,7 +167,7 @@ class Submitit:
         try:
             job = self.executor.submit(Resumable(), list(argv), os.getcwd(), str(log))
         except (RuntimeError, OSError) as error:  # sbatch refused it, with submitit's own errors
-            return _NotTaken(_last_line(error))
+            return NotStarted(_last_line(error))
         return _SubmititJob(job)
 
     def close(self) -> None: ...
@@ -191,8 +191,8 @@ class _SubmititJob:
 
 
 @dataclass(frozen=True)
-class _NotTaken:
-    """A run that its cluster did not take: it is over as it begins."""
+class NotStarted:
+    """A run that its machine or its cluster did not take: it is over as it begins."""
 
     why: str
 

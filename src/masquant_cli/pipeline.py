@@ -150,7 +150,7 @@ def _warn_of_memory(job, manifest: Manifest) -> None:
     limit, took = job.recipe.resources.max_bytes, manifest.peak_bytes * job.world.local_size
     if limit and took > limit and job.world.main:
         job.progress.warn(
-            f"{manifest.stage} took {took / 1e9:.2g} GB of memory, resources.max_memory is "
+            f"{manifest.stage} took {took / 1e9:.1f} GB of memory, resources.max_memory is "
             f"{job.recipe.resources.max_memory}: `--dry-run` says what a run needs"
         )
 

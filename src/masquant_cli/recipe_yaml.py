@@ -74,7 +74,9 @@ def find(name_or_path: str) -> Path:
     if name in known:
         return known[name]
     if path.is_dir():
-        raise RecipeError("a recipe is a file, this is a folder", where=str(path))
+        raise RecipeError(
+            "a recipe is a file, this is a folder", where=str(path), hint="name a .yaml file in it"
+        )
     close = difflib.get_close_matches(name, known, n=3)
     raise RecipeError(
         "no such recipe: neither a file nor the name of a shipped recipe",

@@ -227,8 +227,9 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into one clear error.
+def disk_errors(path: Path, chosen_by: str = "--run-dir") -> Iterator[None]:
+    """Turn a full disk or a missing permission into one clear error; `chosen_by` is what a user
+    changes to write elsewhere.
 
     safetensors reports them as its own error type, with the reason only in its text.
     """
@@ -241,14 +242,14 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise EnvironmentProblem(
                 "the disk is full; nothing half-written was kept",
                 where=str(path),
-                hint="free space or choose another --run-dir, then run the same command again",
+                hint=f"free space or choose another {chosen_by}, then run the same command again",
             ) from error
         refused = isinstance(error, (PermissionError, NotADirectoryError, FileExistsError))
         if refused or getattr(error, "errno", None) == errno.EROFS:
             raise EnvironmentProblem(
                 f"cannot write here: {error.strerror or error}",
                 where=str(path),
-                hint="choose a --run-dir that you may write to",
+                hint=f"choose a {chosen_by} that you may write to",
             ) from error
         raise
 

@@ -43,9 +43,10 @@ def is_done(path: Path, fingerprint: str) -> bool:
 
 
 def load(
-    path: Path, *, sha256: str | None = None, prefix: str = "", suffix: str = ""
+    path: Path, *, sha256: str | None = None, prefix: str = "", suffix: str | tuple[str, ...] = ""
 ) -> dict[str, torch.Tensor]:
-    """A shard's tensors whose names begin and end so, by name; others are not read.
+    """A shard's tensors whose names begin and end so (several ends: one of them), by name; others
+    are not read.
 
     Raises ArtifactError when the file is damaged or, with its hash given, changed.
     """

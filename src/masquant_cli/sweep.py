@@ -21,7 +21,7 @@ from masquant_cli.errors import (
     MasquantError,
     RecipeError,
 )
-from masquant_cli.launchers import LAUNCHERS, Handle, Launcher, Outcome
+from masquant_cli.launchers import LAUNCHERS, Handle, Launcher, NotStarted, Outcome
 from masquant_cli.progress import NullProgress, Progress
 from masquant_cli.recipe import Recipe
 from masquant_cli.rundir import RunDir, calibration_of, disk_errors, fingerprint, read_manifest
@@ -166,8 +166,11 @@ def sweep(
             if shared is None:  # elsewhere the run may see what is not seen from here
                 shared = [*reuse, *([] if here else _lenders(member, chosen))]
             progress.note(f"sweep: {member.recipe.name}, {len(waiting)} more waiting")
-            with disk_errors(member.run_dir):
-                member.run_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                with disk_errors(member.run_dir):
+                    member.run_dir.mkdir(parents=True, exist_ok=True)
+            except (MasquantError, OSError) as error:
+                return NotStarted(f"{member.run_dir}: {error}")
             argv = command(member, overrides, shared, processes, quiet, program or PROGRAM)
             return place.start(argv, (member.run_dir / LOG).resolve())
 
@@ -328,15 +331,20 @@ class _Interruption:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[_Interruption]:
-    """While open, SIGTERM and a closed terminal interrupt like Ctrl-C does.
+    """While open, a closed terminal interrupts like Ctrl-C does, and so does SIGTERM unless it
+    raises something of its own already.
 
     Handlers of our own also undo an inherited "ignore", which children would inherit in turn.
     """
     state = _Interruption()
 
-    def interrupt(*_) -> None:
-        if state.armed:
-            raise KeyboardInterrupt
+    def interrupt(number: int, frame) -> None:
+        if not state.armed:
+            return
+        before = kept[signal.Signals(number).name]
+        if number == signal.SIGTERM and callable(before):
+            before(number, frame)
+        raise KeyboardInterrupt
 
     names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
     if threading.current_thread() is not threading.main_thread():

@@ -11,7 +11,7 @@ import torch
 
 from masquant_cli.algo.linear import fake_quant_rows_ste
 
-Scales = dict[str, torch.Tensor]  # by site kind: [M or 1, in]
+Scales = dict[str, torch.Tensor]  # by site key: [M or 1, in]
 
 
 class Block(Protocol):

@@ -193,7 +193,8 @@ def top_eigenvectors(
         values, turn = _eigh_descending(basis.T @ images)
         captured = float(values[:rank].clamp_min(0).sum())
         left = max(energy - captured, RESOLVED * energy)
-        if captured - before <= TOLERANCE * left:
+        # The first block is random: what it captures of a huge side says nothing.
+        if basis.shape[1] > block and captured - before <= TOLERANCE * left:
             return basis @ turn[:, :rank].to(like), values, energy
         before = captured
         # A column that the operator has nothing to add to is rounding, most of it along the basis:

@@ -10,6 +10,8 @@ import typer
 from masquant_cli.cli.common import DryRun, Json, Quiet, Reuse, Set
 from masquant_cli.errors import RecipeError
 
+SUMS = ("seconds", "disk_bytes", "written_bytes")  # of a dry run's rows
+
 
 def sweep(
     recipes: Annotated[
@@ -68,11 +70,13 @@ def _dry_run(chosen, run_root: Path, reuse, here: bool, processes: int, json: bo
     rows, makers = [], {}  # calibration -> the first run that makes it, for all
     with render.stdout_reserved():
         for member, steps in zip(chosen, sweeps.steps(chosen, reuse, here=here), strict=True):
-            rows.append(_planned(member, steps, makers, processes))
+            rows.append(_planned(member, steps, makers, processes, here))
     problems = [f"{row['recipe']}: {text}" for row in rows for text in row["problems"]]
-    sums = {key: sum(row[key] or 0 for row in rows) for key in ("seconds", "disk_bytes")}
+    sums = {key: sum(row[key] or 0 for row in rows) for key in SUMS}
+    if not here:
+        sums["seconds"] = None
     needed, (near, free) = sums["disk_bytes"], disk_near(run_root)
-    if needed > free:
+    if needed - sums["written_bytes"] > free:
         problems.append(
             f"the runs together write {needed / 1e9:.1f} GB, {near} has {free / 1e9:.1f} GB left"
         )
@@ -83,14 +87,17 @@ def _dry_run(chosen, run_root: Path, reuse, here: bool, processes: int, json: bo
         raise typer.Exit(next((r["exit_code"] for r in rows if r["exit_code"]), EXIT_ENVIRONMENT))
 
 
-def _planned(member, steps, makers: dict[str, str], processes: int) -> dict[str, Any]:
-    """One run's row. Notes in `makers` whose calibration is the one that others will share."""
+def _planned(member, steps, makers: dict[str, str], processes: int, here: bool) -> dict[str, Any]:
+    """One run's row. Notes in `makers` whose calibration is the one that others will share.
+
+    Of a run that is not `here` only its bytes on disk are told: the machine is not known.
+    """
     from masquant_cli import plan
     from masquant_cli.errors import EXIT_ARTIFACT, EXIT_ENVIRONMENT, MasquantError
 
     row = {"recipe": member.recipe.name, "file": member.file, "run_dir": member.run_dir,
-           "seconds": None, "peak_bytes": None, "disk_bytes": None, "problems": [],
-           "exit_code": 0}  # fmt: skip
+           "seconds": None, "peak_bytes": None, "disk_bytes": None, "written_bytes": None,
+           "problems": [], "exit_code": 0}  # fmt: skip
     if isinstance(steps, str):
         return {**row, "state": "damaged", "why": steps, "problems": [steps],
                 "exit_code": EXIT_ARTIFACT}  # fmt: skip
@@ -104,21 +111,26 @@ def _planned(member, steps, makers: dict[str, str], processes: int) -> dict[str,
             todo, shared = todo[1:], f", calibrated by {maker}"
     row |= {"state": "todo", "why": f"from {todo[0]} on{shared}"}
     try:
-        found = plan.predict(member.recipe, member.run_dir, todo, processes=processes)
+        elsewhere = {} if here else {"on": "h200"}  # any will do: its numbers are not shown
+        found = plan.predict(member.recipe, member.run_dir, todo, processes=processes, **elsewhere)
     except MasquantError as error:  # of this run alone: the others are planned all the same
         why = " ".join(str(error).split())
         return {**row, "state": "refused", "why": why, "problems": [why],
                 "exit_code": error.exit_code}  # fmt: skip
-    if found:
-        stages = found["stages"].values()
-        row |= {
-            "exit_code": EXIT_ENVIRONMENT if found["problems"] else 0,
-            "seconds": found["seconds"],
-            "peak_bytes": max(stage["peak_bytes"] for stage in stages),
-            "disk_bytes": sum(stage["disk_bytes"] for stage in stages),
-            "problems": found["problems"],
-        }
-    return row
+    if not found:
+        return row
+    stages = found["stages"].values()
+    row["disk_bytes"] = sum(stage["disk_bytes"] for stage in stages)
+    row["written_bytes"] = found["written_bytes"]
+    if not here:
+        return row
+    return {
+        **row,
+        "exit_code": EXIT_ENVIRONMENT if found["problems"] else 0,
+        "seconds": found["seconds"],
+        "peak_bytes": max(stage["peak_bytes"] for stage in stages),
+        "problems": found["problems"],
+    }
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -126,7 +138,10 @@ def _option(text: str) -> tuple[str, Any]:
 
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"{text!r} is not of the form key=value", where=f"--launcher-set {text}")
+        raise RecipeError(
+            f"{text!r} is not of the form key=value", where=f"--launcher-set {text}",
+            hint="write for example --launcher-set partition=gpu",
+        )  # fmt: skip
     return key.strip(), parse_value(value)
 
 
@@ -165,4 +180,5 @@ def plan_table(document: dict[str, Any]) -> None:
     heads = ("recipe", "state", "time", "memory", "disk", "why")
     render.draw_table(heads, rows, right=(2, 3, 4))
     seconds, disk = document["seconds"], document["disk_bytes"]
-    print(f"one after the other: {render.clock_face(seconds)}, {render.size(disk)} of disk")
+    time = "" if seconds is None else f"one after the other: {render.clock_face(seconds)}, "
+    print(f"{time}{render.size(disk)} of disk")

@@ -85,13 +85,27 @@ def iterate(source: Source, *, seed: int, columns: Iterable[str]) -> Iterator[tu
         raise RecipeError(f"split {source.split!r} has no rows", where=where)
 
 
+def count_rows(source: Source) -> int | None:
+    """How many rows `iterate` yields; None of a stream, which does not know."""
+    dataset = _open(source)
+    if not hasattr(dataset, "select"):
+        return None
+    found = len(_matching(dataset, source))
+    return min(found, source.limit) if source.limit else found
+
+
+def _matching(dataset, source: Source) -> np.ndarray:
+    """Indices of the rows that `where` keeps."""
+    if not source.where:
+        return np.arange(len(dataset))
+    tests = dataset.select_columns(list(source.where))
+    labels = _labels(tests)
+    kept = [i for i, row in enumerate(tests) if _matches(row, labels, source)]
+    return np.array(kept, dtype=np.int64)
+
+
 def _map_rows(dataset, source: Source, seed: int) -> Iterator[tuple[int, dict]]:
-    indices = np.arange(len(dataset))
-    if source.where:
-        tests = dataset.select_columns(list(source.where))
-        labels = _labels(tests)
-        kept = [i for i, row in enumerate(tests) if _matches(row, labels, source)]
-        indices = np.array(kept, dtype=np.int64)
+    indices = _matching(dataset, source)
     if source.shuffle:
         indices = np.random.default_rng(seed).permutation(indices)
     labels = _labels(dataset)

@@ -63,8 +63,8 @@ def support(path: str) -> dict:
         if method is None:  # else its tensors have other names and dtypes
             document["files"] = _files(folder, model, family, problems)
         document["warnings"] += [
-            f"{name} cannot be calibrated yet: the processors of {family.model_type} take it only "
-            "inside chat templates of their own; leave it out of a recipe"
+            f"{name} cannot be calibrated with {family.model_type}'s processor yet (docs/models.md "
+            "says why); leave it out of a recipe"
             for name in family.unfed
         ]
         document["warnings"] += _indivisible(document["widths"])
@@ -91,7 +91,10 @@ def _folder(path: str) -> Path:
             cached if isinstance(cached, str) else hf_hub_download(path, "config.json")
         ).parent
     except ValueError as error:  # not the form of an id
-        raise RecipeError(f"no such model folder or hub id: {path}", where="--model") from error
+        raise RecipeError(
+            f"no such model folder or hub id: {path}", where="--model",
+            hint="a folder that holds config.json, or an id like Qwen/Qwen2.5-VL-7B-Instruct",
+        ) from error  # fmt: skip
     except OSError as error:
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -220,7 +223,7 @@ def _files(folder: Path, model: nn.Module, family, problems: list[str]) -> dict 
     if not (folder / INDEX).exists() and not any(folder.glob("*.safetensors")):
         return None
     try:
-        checkpoint = open_checkpoint(folder, model, family)
+        checkpoint = open_checkpoint(folder, model)
     except RecipeError as error:
         problems.append(f"{error.message} ({error.hint})" if error.hint else error.message)
         return {"complete": False}

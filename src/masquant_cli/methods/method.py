@@ -19,17 +19,17 @@ class Layer:
     """One decoder layer. What costs a pass over the model is a function: call it if needed."""
 
     modalities: tuple[str, ...]  # the first is the base
-    sites: Mapping[SiteKind, SiteProblem]
+    sites: Mapping[str, SiteProblem]  # by key: a site's kind, or "mlp_out.17" of an expert
     smoothing: Smoothing
-    seeds: Mapping[SiteKind, int]
-    sensitivity: Callable[[], Mapping[SiteKind, torch.Tensor]]  # [M] per site, text is 1
+    seeds: Mapping[str, int]
+    sensitivity: Callable[[], Mapping[str, torch.Tensor]]  # [M] per site, text is 1
     block: Callable[[], Block]
 
-    def schedule(self, kind: SiteKind) -> Schedule:
+    def schedule(self, key: str) -> Schedule:
         """How long to learn one site; no epochs where the recipe says learn: false."""
         options = self.smoothing
         epochs = options.epochs if options.learn else 0
-        return Schedule(epochs, options.learning_rate, options.batch_rows, self.seeds[kind])
+        return Schedule(epochs, options.learning_rate, options.batch_rows, self.seeds[key])
 
     def learn_block(self, start: Scales) -> Scales:
         """The scales of all sites at once, by the error of the layer's output."""

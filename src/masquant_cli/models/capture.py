@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from masquant_cli.errors import RecipeError
-from masquant_cli.models.experts import Experts
 from masquant_cli.models.sites import Site, layers_path
 from masquant_cli.models.skeleton import Skeleton
 
@@ -104,8 +103,9 @@ def embed(
 ) -> Batch:
     """Embed one batch, towers included, and return what the decoder's layers would see.
 
-    All but the decoder's layers must be materialised. Raises RecipeError for a model that does
-    something to the hidden states between layers that its family does not declare.
+    Called where all but the decoder's layers can run, inside `before_layers`. Raises RecipeError
+    for a model that does something to the hidden states between layers that its family does not
+    declare.
     """
     inputs = {k: v.to(skeleton.device) for k, v in inputs.items()}
     dry = _DryPass(skeleton, returns_tuple=False)
@@ -208,10 +208,7 @@ def watch_sites(
         def hook(_module, args, kwargs, site=site):
             see(site, args[0] if args else next(iter(kwargs.values())))
 
-        module = model.get_submodule(site.linears[0])
-        experts = model.get_submodule(site.linears[0].rpartition(".")[0].rpartition(".")[0])
-        if site.expert is None and isinstance(experts, Experts):
-            module = experts
+        module = model.get_submodule(site.source)
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield

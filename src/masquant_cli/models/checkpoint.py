@@ -6,7 +6,7 @@ mapped, and a model of 140 GB would. Start at `open_checkpoint`.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -76,14 +76,9 @@ class Checkpoint:
             )
         return read(self.stored[name], dtype)
 
-    def nbytes(self, names: Iterable[str], dtype: torch.dtype | None = None) -> int:
-        """Bytes of these tensors as `dtype` or as they are stored; tied ones count once."""
-        found = set(map(self.stored.__getitem__, names))
-        return sum(s.numel * (dtype or s.dtype).itemsize for s in found)
 
-
-def open_checkpoint(folder: Path, model: nn.Module, family=None) -> Checkpoint:
-    """The checkpoint of `model`, which may lie on meta. `family` is its row of the table.
+def open_checkpoint(folder: Path, model: nn.Module) -> Checkpoint:
+    """The checkpoint of `model`, which may lie on meta.
 
     Reads headers only. Tied parameters that are stored twice with different values are untied,
     as Transformers does. Raises RecipeError when files are missing, truncated or damaged, when
@@ -291,12 +286,18 @@ def _all_equal(stored: list[Stored]) -> bool:
     if any((s.dtype, s.shape) != (first.dtype, first.shape) for s in others):
         return False
     for other in others:
-        with first.file.open("rb") as a, other.file.open("rb") as b:
-            a.seek(first.start), b.seek(other.start)
-            for at in range(0, first.nbytes, CHUNK):
-                size = min(CHUNK, first.nbytes - at)
-                if a.read(size) != b.read(size):
-                    return False
+        try:
+            with first.file.open("rb") as a, other.file.open("rb") as b:
+                a.seek(first.start), b.seek(other.start)
+                for at in range(0, first.nbytes, CHUNK):
+                    size = min(CHUNK, first.nbytes - at)
+                    if a.read(size) != b.read(size):
+                        return False
+        except OSError as error:
+            raise RecipeError(
+                f"{first.key} or {other.key} cannot be read: {error.strerror}",
+                where=str(first.file.parent), hint=AGAIN,
+            ) from error  # fmt: skip
     return True
 
 

@@ -59,7 +59,7 @@ class Family:
     subconfig: str = ""  # config attribute that `model_class` is built from, "" for the whole
     between: str | None = None  # "deepstack": visual features are added after the first layers
     floats: tuple[str, ...] = ()  # blocks of other layers in the place of self_attn, kept float
-    unfed: tuple[str, ...] = ()  # modalities that the processor does not take beside a text
+    unfed: tuple[str, ...] = ()  # modalities that calibration cannot give its processor yet
 
 
 _IMAGE, _VIDEO, _AUDIO = ("vision",), ("vision", "video"), ("audio",)
@@ -106,7 +106,8 @@ FAMILIES: Mapping[str, Family] = {
         Family("mistral3", "Mistral3ForConditionalGeneration", _IMAGE),
         Family("idefics3", "Idefics3ForConditionalGeneration", _IMAGE),
         Family("smolvlm", "SmolVLMForConditionalGeneration", _IMAGE),
-        Family("glm4v", "Glm4vForConditionalGeneration", _VIDEO),
+        # Its processor marks video with the token of pictures.
+        Family("glm4v", "Glm4vForConditionalGeneration", _VIDEO, unfed=("video",)),
         Family(
             "minicpmv4_6",
             "MiniCPMV4_6ForConditionalGeneration",

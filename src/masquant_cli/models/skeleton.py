@@ -128,7 +128,7 @@ def load_skeleton(spec: recipes.Model, device: str = "auto") -> Skeleton:
     where = loading.pick_device(device)
     dtype = loading.pick_dtype(spec.dtype, where, config)
     model = build(config, family, dtype)
-    checkpoint = open_checkpoint(folder, model, family)
+    checkpoint = open_checkpoint(folder, model)
     _fill_buffers(model, checkpoint, where)
     return Skeleton(
         model,

@@ -5,7 +5,8 @@ timed operation by operation on this machine (rates.py), or priced for another o
 """
 
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def predict(
     """What the stages in `todo` would take, json-able; None for a hub model that is not here.
 
     {"stages": {name: {"seconds", "peak_bytes", "peak_gpu_bytes", "disk_bytes"}}, "seconds",
-    "size", "matched", "ignored", "coverage", "problems", ...}. `problems` says what does not fit.
+    "size", "matched", "ignored", "coverage", "problems", ...}. `problems` says what does not fit;
+    "written_bytes" of these stages' disk are there from an earlier start.
     `on` names another machine, "h200x8": its numbers are not measured. The run will have so many
     `processes` on so many `machines` like this one; bytes of memory are those of one process.
     Raises RecipeError where `run` would, for what can be told without weights.
@@ -51,7 +53,7 @@ def predict(
     run_dir, base = Path(run_dir), resident()
     gpu = remote is not None or device == "cuda"
     here = remote.processes if remote else -(-processes // machines)
-    limit = _limit(recipe, here)
+    limit = _limit(recipe, here, remote)
     with nullcontext() if gpu else _threads_of_one(here):
         place = torch.device(device), run_dir, subject.job.float.checkpoint
         machine = remote or Here(*place, processes)
@@ -71,8 +73,16 @@ def predict(
         "ignored": subjects.ignored(subject),
         "coverage": _coverage(recipe, covered),
     }  # fmt: skip
+    found["written_bytes"] = written(run_dir, todo)
     found["problems"] = _problems(planner, stages, run_dir, remote)
     return found
+
+
+def written(run_dir: Path, todo: Iterable[str]) -> int:
+    """Bytes that lie where an earlier start of the run left them: kept, or written anew in place.
+    Not those of an export, whose files are there twice until the new ones are complete."""
+    folders = [Path(run_dir) / stage for stage in todo if stage != "export"]
+    return sum(p.stat().st_size for f in folders for p in f.rglob("*") if p.is_file())
 
 
 def _remote(on: str | None) -> Elsewhere | None:
@@ -87,10 +97,12 @@ def _remote(on: str | None) -> Elsewhere | None:
         ) from None  # fmt: skip
 
 
-def _limit(recipe: Recipe, processes: int) -> int:
+def _limit(recipe: Recipe, processes: int, remote: Elsewhere | None = None) -> int:
     """Bytes that one of a machine's processes may use, as stages/memory.py shares them out."""
     if recipe.resources.max_bytes:
         return recipe.resources.max_bytes // processes
+    if remote:  # nobody knows its memory
+        return sys.maxsize
     shared = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's; it is divided by them already
     return machine_memory() * shared // max(shared, processes)
 
@@ -151,11 +163,9 @@ def _problems(planner: Planner, stages: dict, run_dir: Path, remote: Elsewhere |
                     f"{planner.limit / 1e9:.1f} GB may be used{each}"
                 )
     if remote is None:
-        (near, free), needed = disk_near(run_dir), sum(s.disk for s in stages.values())
-        if needed > free:
-            found.append(
-                f"the run writes {needed / 1e9:.1f} GB, {near} has {free / 1e9:.1f} GB left"
-            )
+        (near, free), disk = disk_near(run_dir), sum(s.disk for s in stages.values())
+        if disk - written(run_dir, stages) > free:
+            found.append(f"the run writes {disk / 1e9:.1f} GB, {near} has {free / 1e9:.1f} GB left")
     if planner.gpu:
         room = remote.memory if remote else torch.cuda.mem_get_info()[0]
         for name, stage in stages.items():

@@ -4,17 +4,20 @@ Local samples are chosen as calibrate chooses them, for as long as that is quick
 never fetched for a plan, its tokens are what the recipe asks for.
 """
 
+import math
 import time
 from dataclasses import dataclass, replace
 
 from masquant_cli.data.chat import kinds_of, modality_of
-from masquant_cli.data.sources import local_files
+from masquant_cli.data.sources import count_rows, local_files
 from masquant_cli.errors import RecipeError
 from masquant_cli.plan.subject import Subject
 from masquant_cli.progress import NullProgress
 from masquant_cli.stages.samples import choose_samples, groups, refuse_or_warn
 
 PATIENCE = 6.0  # seconds for choosing samples
+ROWS = 128  # of a source that asks for no number of rows or tokens and was not counted
+MEDIA_SHARE = 0.75  # of a sample's tokens that are its media's
 SAMPLE_TOKENS = 512  # of a sample that nobody looked at
 
 
@@ -82,20 +85,25 @@ def _is_local(source) -> bool:
 
 
 def _assumed(subject: Subject, known: str, per_sample: float) -> Coverage:
-    """Tokens as the recipe's quotas have them, or as many as its limits allow."""
+    """Tokens of all rows, as many as the recipe's quotas and limits allow. Samples with media count
+    for these alone, and have a word to three of their tokens."""
     recipe = subject.job.recipe
     calibration, names = recipe.calibration, recipe.modalities
+    base = names[0]
     length = max(8, min(int(per_sample), calibration.max_length))
     tokens = dict.fromkeys(names, 0)
     for source in calibration.sources:
-        media = {modality_of(kind, names) for kind in kinds_of(source.messages)} - {names[0], None}
-        rows = source.limit or 128
-        for name in names:
-            if name in media:
-                tokens[name] += max(1, int(rows * length * 0.75 / len(media)))
-        tokens[names[0]] += int(rows * length * (0.25 if media else 1.0))
-    refuse_or_warn(recipe, tokens, 0, NullProgress())  # what no source's messages use has none
+        media = {modality_of(kind, names) for kind in kinds_of(source.messages)} & {*names[1:]}
+        each = length * (MEDIA_SHARE / len(media) if media else 1.0)
+        rows = count_rows(source) if known == "estimated" else source.limit
+        if rows is None:  # as many as it takes
+            asked = max(calibration.tokens.get(name, 0) for name in media or {base})
+            rows = math.ceil(asked / each) or ROWS
+        for name in media or {base}:
+            tokens[name] += max(1, int(rows * each))
     tokens = {m: min(n, calibration.tokens.get(m, n)) for m, n in tokens.items()}
+    tokens[base] += int(sum(tokens[m] for m in names[1:]) * (1 - MEDIA_SHARE) / MEDIA_SHARE)
+    refuse_or_warn(recipe, tokens, 0, NullProgress())  # what no source's messages use has none
     samples = max(1, round(sum(tokens.values()) / length))
     each = max(1, calibration.batch_tokens // length)
     batches = [(each, length)] * (samples // each)

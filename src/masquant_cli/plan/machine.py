@@ -14,7 +14,7 @@ import torch
 from masquant_cli import shards
 from masquant_cli.models.checkpoint import Checkpoint
 from masquant_cli.models.checkpoint import read as read_tensor
-from masquant_cli.plan.rates import CUBIC, OVERHEAD, PRODUCTS, QR, Bench, name_of
+from masquant_cli.plan.rates import CUBIC, PRODUCTS, QR, Bench, name_of
 from masquant_cli.plan.tape import Call, Tape
 
 PROBE = 32 << 20  # bytes that are written and read to see how fast that is
@@ -39,8 +39,6 @@ class Here:
     writing: float = field(init=False)  # seconds per byte, of a stage's shard
     loading: float = field(init=False)  # with its hash
     reading: float = field(init=False)  # of a float weight, as fp32
-    memory: int = 0
-    measured = True
 
     def __post_init__(self):
         self.bench = Bench(self.device)
@@ -128,7 +126,6 @@ class Elsewhere:
     reading: float = 1 / 2e9
     writing: float = 1 / 1e9
     loading: float = 1 / 1.2e9
-    measured = False
 
     @property
     def memory(self) -> int:
@@ -168,6 +165,3 @@ def elsewhere(text: str) -> Elsewhere:
     if number < 1:
         raise ValueError(f"{number} cards")
     return Elsewhere(card, number)
-
-
-__all__ = ["CARDS", "OVERHEAD", "Elsewhere", "Here", "elsewhere"]

@@ -200,19 +200,18 @@ def _rough(call: Call) -> float:
 
 def _smaller(call: Call) -> tuple[Call, float]:
     """The call on a part of its data, and how much longer the whole takes."""
-    rough, name = _rough(call), name_of(call)
-    if rough < LARGE / 5e9:
+    whole, name, part = _rough(call), name_of(call), call
+    to = side = max((d for t in call.tensors for d in t.size), default=1)
+    if name in CUBIC or name in QR:
+        to = side = call.tensors[0].size[-1 if name in CUBIC else -2]
+    least = 256 if name in CUBIC else 16
+    while _rough(part) > LARGE / 5e9 and to > least:
+        to = max(least, to * 4 // 5)
+        part = _resized(call, side, to)
+    if part is call:
         return call, 1.0
-    tensors = call.tensors
-    if name in CUBIC:
-        n = tensors[0].size[-1]
-        to = max(256, int(n * (LARGE / 5e9 / rough) ** (1 / 3)))
-        return _resized(call, n, to), (n / to) ** 3
-    side = max((d for t in tensors for d in t.size), default=1)
-    if name in QR:
-        side = tensors[0].size[-2]
-    to = max(16, int(side * LARGE / 5e9 / rough))
-    return _resized(call, side, to), side / to
+    # The work falls with as many powers of the side as there are dimensions of that size.
+    return part, (whole - OVERHEAD) / (_rough(part) - OVERHEAD)
 
 
 def _resized(call: Call, side: int, to: int) -> Call:

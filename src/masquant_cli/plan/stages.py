@@ -21,6 +21,7 @@ from masquant_cli.stages.walk import held_before_layers, tower_blocks
 TOWER = 4  # positions in a tower for each token that it gives
 STARTING = 7.0  # seconds until a fresh process answers
 KEPT = 100 << 20  # bytes that allocators and libraries hold on to, measured
+AGAIN = 4  # layers' weights that a method holds which runs layers again: smoothed, rounded
 LAYER_CALL = 2e-4  # seconds of Python per layer and batch
 
 
@@ -87,12 +88,14 @@ class Planner:
             disk += kind.count * written
             peak = max(peak, weights + 2 * written + max(run.peak, seen.peak))
         hidden, others = self._entering()
-        room = max(0, int((1 - SPARE) * self.limit) - self.base - peak)
+        room = int((1 - SPARE) * self.limit) - self.base - (0 if self.gpu else peak)
         mine = (hidden + others) // machine.processes  # every process has its batches
-        spills = mine > room
+        spills = mine > max(0, room)
         # On disk, what enters a layer stays until all that enters the next one is there.
         spilled = 2 * hidden + others if spills else 0
-        kept = samples * length * 4 * itemsize if spills else mine
+        # Then one batch is in memory, as it enters the layer and as it leaves.
+        one = 2 * samples * length * job.float.config.get_text_config().hidden_size * itemsize
+        kept = one if spills else mine
         return self._prediction(seconds, peak, disk, also=kept, spilled=spilled)
 
     def _entering(self) -> tuple[int, int]:
@@ -131,6 +134,8 @@ class Planner:
             peak = max(peak, tape.peak)
         if work.looks_at_layers(job):
             seconds += self._layers_again()
+            layers = [job.float.nbytes(kind.layer.module) for kind in self.kinds]
+            peak = max(peak, AGAIN * max(layers))
         return self._prediction(seconds, peak, disk)
 
     def compensate(self) -> Prediction:

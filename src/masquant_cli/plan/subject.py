@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from masquant_kernels import packed_columns
 
-from masquant_cli.errors import RecipeError
 from masquant_cli.models import loading
 from masquant_cli.models.checkpoint import SINGLE, Checkpoint, Stored
 from masquant_cli.models.families import family_of
-from masquant_cli.models.index import INDEX
+from masquant_cli.models.index import INDEX, weight_map
 from masquant_cli.models.modality import check_modalities
-from masquant_cli.models.resolve import resolve
+from masquant_cli.models.resolve import BUILTIN, resolve
 from masquant_cli.models.sites import layers_path
 from masquant_cli.models.skeleton import Skeleton, build, load_skeleton
 from masquant_cli.plan.work import META, PlannedJob
@@ -52,7 +51,7 @@ def open_subject(recipe: Recipe, device: str) -> Subject | None:
         return None
     job = PlannedJob(recipe, NullProgress())
     began = time.perf_counter()
-    held = (folder / INDEX).exists() or any(folder.glob("*.safetensors"))
+    held = _are_held(recipe.model, folder)
     if held:
         spec = recipe.model.model_copy(update={"path": str(folder), "revision": None})
         skeleton = load_skeleton(spec, device)
@@ -64,6 +63,14 @@ def open_subject(recipe: Recipe, device: str) -> Subject | None:
     prefix = export._exported_part(job)[0]
     layout = lay_out(skeleton.checkpoint, job.layers, job.scheme, prefix if held else "")
     return Subject(job, "files" if held else "config", seconds, layout)
+
+
+def _are_held(spec: Model, folder: Path) -> bool:
+    """Whether weights are here. A download that was interrupted has some: `run` gets the rest."""
+    from_hub = not spec.path.startswith(BUILTIN) and not Path(spec.path).expanduser().exists()
+    if from_hub and (files := weight_map(folder)):
+        return all((folder / file).exists() for file in files.values())
+    return (folder / INDEX).exists() or any(folder.glob("*.safetensors"))
 
 
 def _cached_config(spec: Model) -> Path | None:
@@ -160,6 +167,3 @@ def _file_bytes(entries: Mapping) -> int:
     header = io.BytesIO()
     Shard(header, entries)
     return len(header.getvalue()) + sum(entry.nbytes for entry in entries.values())
-
-
-__all__ = ["RecipeError", "Subject", "carried", "ignored", "matched", "open_subject", "size"]

@@ -27,7 +27,7 @@ from masquant_cli.runtime.pack import export_tensors
 from masquant_cli.stages import base_weight, compensate
 from masquant_cli.stages.coverage import keeps_gram, rows_kept
 from masquant_cli.stages.job import Job
-from masquant_cli.stages.smooth import site_problem
+from masquant_cli.stages.smooth import READ, site_problem
 
 META = torch.device("meta")
 COPIES = 10  # of the weights that GPTQ has in work
@@ -144,7 +144,10 @@ def gathered(job: Job, layer: LayerSites, mix: Mapping[str, int]) -> Tape:
 
 
 def solved(job: Job, layer: LayerSites, tokens: Mapping[str, int]) -> Tape:
-    """smooth on one layer. Methods that look at whole layers or gradients: `looks_at_layers`."""
+    """smooth on one layer. Methods that look at whole layers or gradients: `looks_at_layers`; of
+    one that does nothing else the tape is empty."""
+    if "block" in find(job.recipe.method).needs:
+        return Tape()
     epochs = job.recipe.smoothing.epochs if job.recipe.smoothing.learn else 0
     few = _solved(job, layer, tokens, min(epochs, TAPED_EPOCHS))
     if epochs <= TAPED_EPOCHS:
@@ -183,7 +186,8 @@ class _Problems(Mapping):
 
     def __getitem__(self, key: str) -> SiteProblem:
         site = self.sites[key]
-        return site_problem(self.job, site, statistics(self.job, site, self.tokens))
+        known = statistics(self.job, site, self.tokens)
+        return site_problem(self.job, site, {k: t for k, t in known.items() if k.endswith(READ)})
 
     def __iter__(self):
         return iter(self.sites)
@@ -203,7 +207,8 @@ def _refuse():
 def compensated(job: Job, layer: LayerSites, tokens: Mapping[str, int]) -> tuple[Tape, int]:
     """compensate on one layer, and the bytes of the tensors it writes."""
     found, nbytes = Tape(), 0
-    for sites, times in _alike(layer):
+    for alike, times in _alike(layer):
+        sites = [site for site in alike if compensate.is_needed(job, site)]
         with _without_numbers() as recorder:
             tensors: dict[str, Tensor] = {}
             for site in sites:

@@ -18,7 +18,7 @@ class FloatWeights:
         config = read_config(folder)
         family = family_of(config)
         model = build(config, family, torch.float32)
-        self.checkpoint = open_checkpoint(folder, model, family)
+        self.checkpoint = open_checkpoint(folder, model)
         self.sites: dict[tuple[int, str], Site] = {
             (layer.layer, site.key): site for layer in find_sites(model) for site in layer.sites
         }

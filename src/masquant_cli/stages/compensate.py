@@ -28,7 +28,7 @@ from masquant_cli.stages.smooth import site_problem
 
 
 def compensate(job: Job, folder: Path, fingerprint: str) -> dict:
-    """Write `layers/NNN.safetensors` with, per corrected site kind and modality:
+    """Write `layers/NNN.safetensors` with, per corrected site and modality:
 
     `{site}.{modality}.lr_a` [in, r] and `.lr_b` [r, sum of outs] f16, `.singular_values` f32; and
     with GPTQ rounding, per site, the base weight's integers `{site}.weight` [sum of outs, in] i8.
@@ -44,7 +44,7 @@ def compensate(job: Job, folder: Path, fingerprint: str) -> dict:
         notes: dict[str, dict] = {}
         scales = job.read("smooth", index)
         for site in job.layers[index].sites:
-            if job.rounding != "nearest" or job.rank(site):
+            if is_needed(job, site):
                 statistics = job.read("calibrate", index, f"{site.key}.")
                 _site(job, site, statistics, scales[f"{site.key}.scale"], tensors, notes)
                 give_back_memory()  # what stays lies among what was freed
@@ -53,6 +53,11 @@ def compensate(job: Job, folder: Path, fingerprint: str) -> dict:
         job.progress.advance(1)
     job.world.barrier(folder)
     return job.world.from_main(lambda: _summary(files))
+
+
+def is_needed(job: Job, site: Site) -> bool:
+    """Whether the site has a base weight to keep or a correction."""
+    return job.rounding != "nearest" or job.rank(site) > 0
 
 
 def _summary(files: list[Path]) -> dict:

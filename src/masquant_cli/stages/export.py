@@ -106,9 +106,8 @@ def _write_weights(job: Job, layout: Layout, folder: Path) -> None:
         for stored, name in layout.copied:
             shards[stored.file.name].copy(name, pieces(stored))
         for layer in job.layers:
-            solved = {s: job.read(s, layer.layer) for s in ("smooth", "compensate")}
             for site in layer.sites:
-                for key, tensor in _pack(job, site, **solved).items():
+                for key, tensor in _pack(job, site).items():
                     file, name = layout.packed[key]
                     shards[file].write(name, tensor)
             job.progress.advance(1)
@@ -118,9 +117,10 @@ def _write_weights(job: Job, layout: Layout, folder: Path) -> None:
         (folder / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _pack(job: Job, site: Site, smooth: dict, compensate: dict) -> dict:
-    """The site's tensors, from its layer's solved scales and corrections."""
-    scale = smooth[f"{site.key}.scale"]
+def _pack(job: Job, site: Site) -> dict:
+    """The site's tensors, from its solved scales and corrections."""
+    scale = job.read("smooth", site.layer, f"{site.key}.")[f"{site.key}.scale"]
+    compensate = job.read("compensate", site.layer, f"{site.key}.")
     low_rank = {
         name: (compensate[f"{site.key}.{name}.lr_a"], compensate[f"{site.key}.{name}.lr_b"])
         for name in job.recipe.modalities

@@ -79,7 +79,7 @@ def quantized_skeleton(folder: Path, device: torch.device) -> Skeleton:
     family = family_of(config)
     model = build(config, family, torch.float32)
     install(model, scheme)
-    checkpoint = open_checkpoint(folder, model, family)
+    checkpoint = open_checkpoint(folder, model)
     check_files(model, list(checkpoint.files))
     for name, buffer in list(model.named_buffers()):
         if not buffer.is_meta:

@@ -99,7 +99,7 @@ class Job:
         return weight
 
     def read(
-        self, stage: str, layer: int, prefix: str = "", suffix: str = ""
+        self, stage: str, layer: int, prefix: str = "", suffix: str | tuple[str, ...] = ""
     ) -> dict[str, torch.Tensor]:
         """One layer's tensors of a finished stage, or those whose names begin and end so; the
         file is checked against its manifest when it is first asked for."""

@@ -73,16 +73,17 @@ def lay_out(
 
 
 def pieces(stored: Stored) -> Iterator[bytes]:
-    """The bytes of a tensor, undecoded. Raises RecipeError when the file ends before them."""
+    """The bytes of a tensor, undecoded. Raises RecipeError when they cannot be read."""
     try:
         with stored.file.open("rb", buffering=0) as file:
             file.seek(stored.start)
             yield from _read(file, stored.nbytes)
-    except EOFError:
+    except (EOFError, OSError) as error:
+        why = getattr(error, "strerror", None) or "the file ends within it"
         raise RecipeError(
-            f"the file ends within {stored.key}", where=str(stored.file),
+            f"{stored.key} cannot be read: {why}", where=str(stored.file),
             hint="download the model again",
-        ) from None  # fmt: skip
+        ) from error  # fmt: skip
 
 
 def _read(file: BinaryIO, left: int) -> Iterator[bytes]:

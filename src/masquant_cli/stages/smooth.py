@@ -20,6 +20,8 @@ from masquant_cli.stages.job import Job
 from masquant_cli.stages.sensitivity import Sensitivity
 from masquant_cli.stages.share import begin, share
 
+READ = (".rows", ".absmax", ".mean_abs", ".count")  # of the statistics: no Grams
+
 
 def smooth(job: Job, folder: Path, fingerprint: str) -> dict:
     """Write `layers/NNN.safetensors` with `{site}.scale` [M, in] f32, row m divides modality m.
@@ -116,7 +118,7 @@ class _Problems(Mapping):
         if self._last is None or self._last[0] != key:
             self._last, site = None, self._sites[key]
             give_back_memory()  # what stays lies among what was freed
-            statistics = self._job.read("calibrate", site.layer, f"{key}.")
+            statistics = self._job.read("calibrate", site.layer, f"{key}.", READ)
             self._last = key, site_problem(self._job, site, statistics)
         return self._last[1]
 

@@ -40,6 +40,7 @@ from masquant_cli.stages.walk import IDS, POSITIONS, Probes, flatten
 COMPARED = 64  # tokens per probe whose logits are compared, at most
 # Bytes in fp32 up to which the export is loaded as a whole; beyond, layer by layer.
 WHOLE = 2_000_000_000
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "memoryerror")
 PULSE = 5  # seconds between two signs that the second process still works
 # A child must not take itself for one of the ranks.
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -72,6 +73,8 @@ def fresh_process(job: Job) -> Iterator[Fresh]:
             yield Fresh(process, said)
         finally:
             process.kill()
+            with contextlib.suppress(OSError):  # what it was to read, it cannot any more
+                process.stdin.close()
 
 
 def verify(job: Job, folder: Path, fresh: Fresh) -> dict[str, float]:
@@ -87,7 +90,7 @@ def verify(job: Job, folder: Path, fresh: Fresh) -> dict[str, float]:
     positions = {k: _positions(p["attention_mask"], job.recipe.seed) for k, p in probes.items()}
     skeleton = in_fp32(job.float)
     probes = {kind: _given(skeleton, inputs) for kind, inputs in probes.items()}
-    with tempfile.TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
+    with tempfile.TemporaryDirectory() as scratch, disk_errors(Path(scratch), "TMPDIR"):
         kept = Path(scratch) / "reference.safetensors"
         save_file(reference_logits(job, skeleton, probes, ids, positions), kept)
         asked = {
@@ -115,7 +118,7 @@ def in_fp32(skeleton: Skeleton) -> Skeleton:
     if skeleton.dtype == torch.float32:
         return skeleton
     model = build(skeleton.config, skeleton.family, torch.float32)
-    checkpoint = open_checkpoint(skeleton.path, model, skeleton.family)
+    checkpoint = open_checkpoint(skeleton.path, model)
     for name, buffer in list(model.named_buffers()):
         path, _, own = name.rpartition(".")
         kept = checkpoint.read(name, buffer.dtype) if name in checkpoint.stored else buffer
@@ -177,7 +180,7 @@ def _ask(job: Job, fresh: Fresh, folder: Path, asked: Probes, scratch: Path) -> 
     reason = (fresh.said.read().strip().splitlines() or ["no output"])[-1]
     if "no space left" in reason.lower():
         raise OSError(errno.ENOSPC, reason)
-    if process.returncode == -signal.SIGKILL or "out of memory" in reason.lower():
+    if process.returncode == -signal.SIGKILL or any(s in reason.lower() for s in OUT_OF_MEMORY):
         raise EnvironmentProblem(
             "there is too little memory to verify the export in a second process",
             where=str(folder),
