@@ -16,6 +16,7 @@ from masquant_cli.plan.subject import Subject, carried, size
 from masquant_cli.plan.tape import Tape, record
 from masquant_cli.plan.work import META, Kind
 from masquant_cli.stages.memory import SPARE, embedding_bytes
+from masquant_cli.stages.verify import COMPARED
 from masquant_cli.stages.walk import held_before_layers, tower_blocks
 
 TOWER = 4  # positions in a tower for each token that it gives
@@ -153,16 +154,21 @@ class Planner:
 
     def export(self) -> Prediction:
         job, machine, sizes = self.job, self.machine, size(self.subject)
-        seconds, peak, floats = 0.0, 0, 0
+        seconds, peak = 0.0, 0
         for kind in self.kinds:
             tape = work.packed(job, kind.layer)
             weights = self._weights(kind)
-            floats += kind.count * weights
             seconds += kind.count * (machine.seconds(tape) + weights * machine.reading)
             peak = max(peak, tape.peak)
         seconds += (sizes["files"] + carried(self.subject)) * machine.writing
         if job.recipe.export.verify:
-            seconds += STARTING + (floats + sizes["total"]) * machine.reading
+            seconds += STARTING + (sizes["source"] + sizes["total"]) * machine.reading
+            probes, each = len(job.recipe.modalities), self.coverage.padded // self.coverage.samples
+            logits = probes * COMPARED * job.float.config.get_text_config().vocab_size * 4
+            for kind in self.kinds:
+                tape = work.verified(job, kind.layer, probes * each)
+                seconds += kind.count * machine.seconds(tape)
+                peak = max(peak, tape.peak + 2 * logits)  # the reference's and the export's
         return self._prediction(seconds, peak, sizes["files"] + carried(self.subject))
 
     def _prediction(

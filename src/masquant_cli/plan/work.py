@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from masquant_cli.algo import low_rank
 from masquant_cli.algo.gptq import outputs_at_once
+from masquant_cli.algo.linear import compensated_linear
 from masquant_cli.algo.site import SiteProblem
 from masquant_cli.algo.statistics import InputStatistics
 from masquant_cli.methods import find
@@ -24,7 +25,7 @@ from masquant_cli.methods.method import Layer
 from masquant_cli.models.sites import LayerSites, Site
 from masquant_cli.plan.tape import Call, Shape, Tape, record
 from masquant_cli.runtime.pack import export_tensors
-from masquant_cli.stages import base_weight, compensate
+from masquant_cli.stages import base_weight, compensate, reference
 from masquant_cli.stages.coverage import keeps_gram, rows_kept
 from masquant_cli.stages.job import Job
 from masquant_cli.stages.smooth import READ, site_problem
@@ -235,6 +236,25 @@ def packed(job: Job, layer: LayerSites) -> Tape:
                     export_tensors(site, weights, scale, {}, scheme, q)
             found = found.plus(recorder.tape, times)
     return found
+
+
+def verified(job: Job, layer: LayerSites, tokens: int) -> Tape:
+    """What verification computes of a layer on so many tokens: the reference, whose layer is in
+    memory as it was and rounded, and the export's linears, which take about as long."""
+    recipe, held = job.recipe, []
+    with record() as recorder, torch.no_grad():
+        for site, share in _routed(layer, job.float.config.get_text_config()):
+            scale = torch.empty(len(recipe.modalities), site.in_features, device=META)
+            n = max(1, int(tokens * share))
+            x = torch.empty(n, site.in_features, device=META)
+            ids = torch.empty(n, dtype=torch.int64, device=META)
+            for out in site.out_features:
+                held.append(job.linear(site, out))
+                base = reference._rounded(held[-1], scale[0], recipe.weights)
+                held += [base, torch.empty_like(base.q) if job.rounding != "nearest" else None]
+                for _ in range(2):
+                    compensated_linear(x, ids, base, scale, recipe.activations.bits, {})
+    return recorder.tape
 
 
 def looks_at_layers(job: Job) -> bool:
