@@ -67,7 +67,7 @@ def test_sites_are_read_when_asked_for_and_one_weight_stays(monkeypatch):
         return found
 
     monkeypatch.setattr(smooth, "site_problem", build)
-    job = SimpleNamespace(read=lambda stage, layer, prefix: read.append(prefix) or prefix)
+    job = SimpleNamespace(read=lambda stage, layer, prefix, suffix: read.append(prefix) or prefix)
     problems = smooth._Problems(job, sites)
     assert len(problems) == 5 and list(problems) == [site.key for site in sites] and not read
     for number, (key, found) in enumerate(problems.items()):
