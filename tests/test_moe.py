@@ -146,6 +146,8 @@ def test_every_expert_is_read_from_the_files(name, saved, tmp_path):
     assert set(want) == set(checkpoint.stored)
     for key, tensor in want.items():
         assert torch.equal(checkpoint.read(key), tensor), key
+    every = sum(t.nbytes for k, t in want.items() if ".experts." in k)
+    assert sum(checkpoint.stored[k].nbytes for k in want if ".experts." in k) == every
     half = checkpoint.read(next(k for k in want if k.endswith("7.up_proj.weight")), torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half.is_contiguous()
     # What an export adds lies beside the experts' own names.

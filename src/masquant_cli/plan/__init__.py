@@ -6,7 +6,7 @@ timed operation by operation on this machine (rates.py), or priced for another o
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -73,15 +73,15 @@ def predict(
         "ignored": subjects.ignored(subject),
         "coverage": _coverage(recipe, covered),
     }  # fmt: skip
-    found["written_bytes"] = written(run_dir, todo)
-    found["problems"] = _problems(planner, stages, run_dir, remote)
+    there = found["written_bytes"] = _written(run_dir, todo)
+    found["problems"] = _problems(planner, stages, run_dir, there, remote)
     return found
 
 
-def written(run_dir: Path, todo: Iterable[str]) -> int:
+def _written(run_dir: Path, todo: Sequence[str]) -> int:
     """Bytes that lie where an earlier start of the run left them: kept, or written anew in place.
     Not those of an export, whose files are there twice until the new ones are complete."""
-    folders = [Path(run_dir) / stage for stage in todo if stage != "export"]
+    folders = [run_dir / stage for stage in todo if stage != "export"]
     return sum(p.stat().st_size for f in folders for p in f.rglob("*") if p.is_file())
 
 
@@ -151,8 +151,10 @@ def _coverage(recipe: Recipe, covered: Coverage) -> dict[str, Any]:
     }
 
 
-def _problems(planner: Planner, stages: dict, run_dir: Path, remote: Elsewhere | None) -> list[str]:
-    """What does not fit, in sentences."""
+def _problems(
+    planner: Planner, stages: dict, run_dir: Path, there: int, remote: Elsewhere | None
+) -> list[str]:
+    """What does not fit, in sentences. `there`: bytes that are on the disk already."""
     found = []
     if remote is None or planner.job.recipe.resources.max_memory:
         for name, stage in stages.items():
@@ -164,7 +166,7 @@ def _problems(planner: Planner, stages: dict, run_dir: Path, remote: Elsewhere |
                 )
     if remote is None:
         (near, free), disk = disk_near(run_dir), sum(s.disk for s in stages.values())
-        if disk - written(run_dir, stages) > free:
+        if disk - there > free:
             found.append(f"the run writes {disk / 1e9:.1f} GB, {near} has {free / 1e9:.1f} GB left")
     if planner.gpu:
         room = remote.memory if remote else torch.cuda.mem_get_info()[0]

@@ -8,12 +8,11 @@ import math
 import time
 from dataclasses import dataclass, replace
 
-from masquant_cli.data.chat import kinds_of, modality_of
 from masquant_cli.data.sources import count_rows, local_files
 from masquant_cli.errors import RecipeError
 from masquant_cli.plan.subject import Subject
 from masquant_cli.progress import NullProgress
-from masquant_cli.stages.samples import choose_samples, groups, refuse_or_warn
+from masquant_cli.stages.samples import _fills, choose_samples, groups, refuse_or_warn
 
 PATIENCE = 6.0  # seconds for choosing samples
 ROWS = 128  # of a source that asks for no number of rows or tokens and was not counted
@@ -93,13 +92,13 @@ def _assumed(subject: Subject, known: str, per_sample: float) -> Coverage:
     length = max(8, min(int(per_sample), calibration.max_length))
     tokens = dict.fromkeys(names, 0)
     for source in calibration.sources:
-        media = {modality_of(kind, names) for kind in kinds_of(source.messages)} & {*names[1:]}
-        each = length * (MEDIA_SHARE / len(media) if media else 1.0)
+        filled = _fills(source, names)
+        each = length * (1.0 if filled == [base] else MEDIA_SHARE / len(filled))
         rows = count_rows(source) if known == "estimated" else source.limit
         if rows is None:  # as many as it takes
-            asked = max(calibration.tokens.get(name, 0) for name in media or {base})
+            asked = max(calibration.tokens.get(name, 0) for name in filled)
             rows = math.ceil(asked / each) or ROWS
-        for name in media or {base}:
+        for name in filled:
             tokens[name] += max(1, int(rows * each))
     tokens = {m: min(n, calibration.tokens.get(m, n)) for m, n in tokens.items()}
     tokens[base] += int(sum(tokens[m] for m in names[1:]) * (1 - MEDIA_SHARE) / MEDIA_SHARE)
